@@ -1,4 +1,4 @@
-"""The rules of the house: who imports whom, what plugins may know, what is public, what git keeps."""
+"""The rules of the house: who imports whom, what plugins may know, what is public and in git."""
 
 import ast
 import importlib
@@ -7,10 +7,12 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import diffedit
 
@@ -80,6 +82,37 @@ def test_import_contracts_know_every_built_in_plugin() -> None:
     (core,) = (c for name, c in contracts.items() if name.startswith("The core knows no plugin"))
     assert set(BUILT_IN) < set(core["forbidden_modules"])
     assert set(project["project"]["entry-points"]["diffedit"].values()) == set(BUILT_IN)
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """The top-level packages that a module imports, wherever in it."""
+    names = {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
+    names |= {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("folders", "extras"),
+    [(["diffedit", "plugins"], ["train"]), (["tests", "bench"], ["dev", "train"])],
+    ids=["package", "tests"],
+)
+def test_what_is_imported_is_declared(folders: list[str], extras: list[str]) -> None:
+    """What comes in only because another distribution needs it may be gone tomorrow."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    optional = project["optional-dependencies"]
+    lines = [*project["dependencies"], *(line for extra in extras for line in optional[extra])]
+    declared = {canonicalize_name(Requirement(line).name) for line in lines}
+    # pydantic_core is the other half of pydantic, which pins it.
+    providers = {**packages_distributions(), "pydantic_core": ["pydantic"]}
+    own = {"diffedit", "tests", "bench", *BUILT_IN, *sys.stdlib_module_names}
+    modules = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    undeclared = {
+        f"{relative(path)}: {name}"
+        for path in modules
+        for name in imported(parse(path)) - own
+        if not declared & {canonicalize_name(d) for d in providers.get(name, [])}
+    }
+    assert undeclared == set()
 
 
 def foreign_names(tree: ast.Module) -> Iterator[str]:
@@ -215,7 +248,7 @@ def test_all_holds_the_public_surface() -> None:
 
 
 def test_all_is_complete() -> None:
-    """What `diffedit/__init__.py` defines or imports from its modules is private or stands in it."""
+    """What `diffedit/__init__.py` defines or imports from its modules is private or in it."""
     bound: set[str] = set()
     for node in ast.walk(parse(ROOT / "diffedit" / "__init__.py")):
         match node:

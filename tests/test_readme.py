@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 from PIL import Image
 
@@ -116,11 +117,11 @@ def test_constraints_pin_every_dependency_within_its_bound() -> None:
         if line and not line.startswith("#"):
             assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line), line
             name, version = line.split("==")
-            pins[re.sub(r"[-_.]+", "-", name).lower()] = Version(version)
+            pins[canonicalize_name(name)] = Version(version)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"].values()
     for line in [*project["dependencies"], *(line for extra in extras for line in extra)]:
         wanted = Requirement(line)
-        name = re.sub(r"[-_.]+", "-", wanted.name).lower()
+        name = canonicalize_name(wanted.name)
         assert name in pins, f"constraints.txt has no version of {wanted.name}"
         assert pins[name] in wanted.specifier, f"{pins[name]} is not {wanted}"
