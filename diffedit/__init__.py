@@ -1,0 +1,117 @@
+"""Image editing on latent diffusion: one sampling loop, and edits that combine.
+
+The names below are the public surface. They are imported when first used, so that
+``diffedit --help`` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from diffedit import errors as errors
+    from diffedit.attention import QKV as QKV
+    from diffedit.attention import Site as Site
+    from diffedit.box import Box as Box
+    from diffedit.edit import Branch as Branch
+    from diffedit.edit import Contribution as Contribution
+    from diffedit.edit import Edit as Edit
+    from diffedit.edit import Guidance as Guidance
+    from diffedit.edit import Patch as Patch
+    from diffedit.edit import Pixels as Pixels
+    from diffedit.edit import Row as Row
+    from diffedit.edit import Start as Start
+    from diffedit.edit import Tokens as Tokens
+    from diffedit.editor import Editor as Editor
+    from diffedit.fields import ImageField as ImageField
+    from diffedit.fields import MaskField as MaskField
+    from diffedit.hookspecs import hookimpl as hookimpl
+    from diffedit.images import Picture as Picture
+    from diffedit.models.protocol import ModelInput as ModelInput
+    from diffedit.models.protocol import Residuals as Residuals
+    from diffedit.plugins import API_VERSION as API_VERSION
+    from diffedit.plugins import edits as edits
+    from diffedit.preprocessors import Preprocessor as Preprocessor
+    from diffedit.result import Result as Result
+    from diffedit.run import Run as Run
+    from diffedit.sampler import Step as Step
+    from diffedit.workflow import Pass as Pass
+    from diffedit.workflow import Workflow as Workflow
+
+_HOMES = {
+    "API_VERSION": "plugins",
+    "Box": "box",
+    "Branch": "edit",
+    "Contribution": "edit",
+    "Edit": "edit",
+    "Editor": "editor",
+    "Guidance": "edit",
+    "ImageField": "fields",
+    "MaskField": "fields",
+    "ModelInput": "models.protocol",
+    "Pass": "workflow",
+    "Patch": "edit",
+    "Picture": "images",
+    "Pixels": "edit",
+    "Preprocessor": "preprocessors",
+    "QKV": "attention",
+    "Residuals": "models.protocol",
+    "Result": "result",
+    "Row": "edit",
+    "Run": "run",
+    "Site": "attention",
+    "Start": "edit",
+    "Step": "sampler",
+    "Tokens": "edit",
+    "Workflow": "workflow",
+    "edits": "plugins",
+    "hookimpl": "hookspecs",
+}
+
+__all__ = [
+    "API_VERSION",
+    "QKV",
+    "Box",
+    "Branch",
+    "Contribution",
+    "Edit",
+    "Editor",
+    "Guidance",
+    "ImageField",
+    "MaskField",
+    "ModelInput",
+    "Pass",
+    "Patch",
+    "Picture",
+    "Pixels",
+    "Preprocessor",
+    "Residuals",
+    "Result",
+    "Row",
+    "Run",
+    "Site",
+    "Start",
+    "Step",
+    "Tokens",
+    "Workflow",
+    "edits",
+    "errors",
+    "hookimpl",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return importlib.import_module("diffedit.errors")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'diffedit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"diffedit.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,199 @@
+"""Folds the merged contributions of a pass into one denoiser.
+
+One call makes every prediction of the pass as one batch: branch x (canvas items, references).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from diffedit.attention import QKV, Site
+from diffedit.edit import Merged
+from diffedit.errors import DiffeditError, PluginError
+from diffedit.guard import Guard
+from diffedit.guidance import NEGATIVE, classifier_free, rescaled, with_terms
+from diffedit.models.protocol import Conditioning, LatentModel, ModelInput, Residuals
+from diffedit.rows import RowKey, RowMap
+from diffedit.schedulers import Schedule
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference sampled beside the canvas, ready for the loop.
+
+    Attributes:
+        name: as the attention terms know it.
+        at: its latents at the level of a call, ``(items, c, h, w)``, unscaled.
+        clean: its clean latents, where they are known.
+        conditioning: one row, for every branch but the negative one.
+    """
+
+    name: str
+    at: Callable[[int], Tensor]
+    clean: Tensor | None
+    conditioning: Conditioning
+
+
+class Denoiser:
+    """The denoiser of one pass: latents and a call's index in, one prediction out.
+
+    Args:
+        model: the loaded model.
+        schedule: the calls of this trip.
+        merged: what the edits contribute.
+        branches: conditioning (one row each) of every prediction, in batch order.
+        references: pictures sampled beside the canvas.
+        channels: further inputs of the denoiser by role, ``(items, c, h, w)``.
+        items: pictures of the batch.
+        guidance: scale of classifier-free guidance.
+        rescale: how much of the contrast correction is taken, 0 to 1.
+        embedded_guidance: the scale for models that take it as an input.
+        guard: runs what plugins contributed.
+    """
+
+    def __init__(
+        self,
+        model: LatentModel,
+        schedule: Schedule,
+        merged: Merged,
+        branches: Mapping[str, Conditioning],
+        *,
+        references: Sequence[Reference] = (),
+        channels: Mapping[str, Tensor] | None = None,
+        items: int = 1,
+        guidance: float = 1.0,
+        rescale: float = 0.0,
+        embedded_guidance: float | None = None,
+        guard: Guard | None = None,
+    ) -> None:
+        self.model = model
+        self.schedule = schedule
+        self.merged = merged
+        self.references = references
+        self.items = items
+        self.guidance = guidance
+        self.rescale = rescale
+        self.embedded_guidance = embedded_guidance
+        self.guard = guard or Guard()
+        self.call = 0
+        self.branches = tuple(branches)
+        keys: list[RowKey] = []
+        conditioning: list[Conditioning] = []
+        for branch, own in branches.items():
+            keys += [RowKey(branch, item) for item in range(items)]
+            conditioning += [own] * items
+            for one in references:
+                keys += [RowKey(branch, item, one.name) for item in range(items)]
+                conditioning += [own if branch == NEGATIVE else one.conditioning] * items
+        self.rows = RowMap(tuple(keys))
+        self.conditioning = Conditioning.stack(conditioning)
+        self.channels = {
+            role: torch.cat([self._channel(role, value)] * len(branches))
+            for role, value in (channels or {}).items()
+        }
+
+    def _channel(self, role: str, canvas: Tensor) -> Tensor:
+        """One branch's rows of a channel: nothing of a reference is to change."""
+        parts = [canvas]
+        for one in self.references:
+            known = role == "masked" and one.clean is not None
+            parts.append(one.clean.expand_as(canvas) if known else torch.zeros_like(canvas))  # type: ignore[union-attr]
+        return torch.cat(parts)
+
+    def __call__(self, latents: Tensor, call: int) -> Tensor:
+        """Predict for every item: ``(items, c, h, w)`` in, the guided raw output out."""
+        self.call = call
+        beside = [one.at(call).to(latents.dtype) for one in self.references]
+        rows = torch.cat([latents, *beside] * len(self.branches))
+        x = ModelInput(
+            latents=self.schedule.scale(rows, call),
+            timestep=self.schedule.timesteps[call],
+            conditioning=self.conditioning,
+            rows=self.rows,
+            channels=self.channels,
+            guidance=self.embedded_guidance,
+        )
+        output = self._predict(self._with_residuals(x, call))
+        predictions = {name: output[self.rows.of_branch(name)] for name in self.branches}
+        if self.guard.diagnosing and not torch.isfinite(output).all():
+            raise DiffeditError(
+                f"the denoiser's own output is not finite in call {call + 1} of"
+                f" {len(self.schedule)}, and no edit is at fault: try dtype float32"
+            )
+        return self._refined(self._combined(predictions, call), latents, call)
+
+    def _with_residuals(self, x: ModelInput, call: int) -> ModelInput:
+        acting = [p for p in self.merged.residuals if p.active(call, len(self.schedule))]
+        if not acting:
+            return x
+        canvas = self.rows.canvas
+        only = x.only(canvas)
+        total: Residuals | None = None
+        for part in acting:
+            made = self.guard.call(
+                part.owner, "residuals", part.value, only, call, lent=(only.latents, x.latents)
+            )
+            if not isinstance(made, Residuals) or any(len(p) != len(canvas) for p in made.places):
+                raise PluginError(part.owner, f"residuals must be Residuals of {len(canvas)} rows")
+            total = made if total is None else total + made
+        assert total is not None
+        return replace(x, residuals=total.spread(canvas, len(self.rows)))
+
+    def _predict(self, x: ModelInput) -> Tensor:
+        try:
+            return self.model.predict(x)
+        except RuntimeError as error:
+            foreign = [*self.merged.residuals, *self.merged.attention]
+            if isinstance(error, torch.OutOfMemoryError) or not foreign:
+                raise
+            said = str(error).splitlines()[0]
+            owners = ", ".join(dict.fromkeys(part.owner for part in foreign))
+            raise PluginError(
+                owners, f"the denoiser cannot use what was contributed: {said}"
+            ) from error
+
+    def attend(self, qkv: QKV, site: Site) -> QKV:
+        """The chained attention terms, as the transform of the model's attention processor."""
+        for part in self.merged.attention:
+            if part.active(self.call, len(self.schedule)):
+                qkv = self.guard.call(
+                    part.owner, "attention", part.value, qkv, site, lent=(qkv.q, qkv.k, qkv.v)
+                )
+        return qkv
+
+    def _combined(self, predictions: Mapping[str, Tensor], call: int) -> Tensor:
+        combine = self.merged.combine
+        if combine is not None:
+            guided = self.guard.call(
+                combine.owner,
+                "combine",
+                combine.value,
+                predictions,
+                call,
+                lent=list(predictions.values()),
+                like=next(iter(predictions.values())),
+            )
+        else:
+            guided = classifier_free(predictions, self.guidance)
+        terms = [
+            (part.value.weight, part.value.toward, part.value.away)
+            for part in self.merged.terms
+            if part.active(call, len(self.schedule))
+        ]
+        guided = with_terms(guided, predictions, terms)
+        if self.rescale > 0 and NEGATIVE in predictions:
+            guided = rescaled(guided, predictions["positive"], self.rescale)
+        return guided
+
+    def _refined(self, output: Tensor, latents: Tensor, call: int) -> Tensor:
+        acting = [p for p in self.merged.refine if p.active(call, len(self.schedule))]
+        if not acting:
+            return output
+        x0 = self.schedule.to_x0(output, call, latents)
+        for part in acting:
+            x0 = self.guard.call(part.owner, "refine", part.value, x0, call, lent=(x0,), like=x0)
+        return self.schedule.from_x0(x0, call, latents)

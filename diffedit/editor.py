@@ -1,0 +1,248 @@
+"""The user's object: a model, plugins and what has been loaded for them; runs passes on pictures."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from diffedit import plugins as plugin_module
+from diffedit.box import Box
+from diffedit.canvas import Canvas, Frame
+from diffedit.edit import Edit
+from diffedit.errors import Busy, DiffeditError, InputError
+from diffedit.images import ImageSource, Picture, open_picture
+from diffedit.models import loading
+from diffedit.models.protocol import LatentModel
+from diffedit.passes import Handover, Setting, run_pass
+from diffedit.plugins import Plugins
+from diffedit.result import Result
+from diffedit.sampler import Step
+from diffedit.workflow import Pass, Workflow
+
+#: What can be run: a pass, several, or a workflow.
+Runnable = Pass | Sequence[Pass] | Workflow
+
+
+class Editor:
+    """Runs passes on pictures, one thing at a time.
+
+    Args:
+        model: a loaded model.
+        plugins: the plugins to use; None: all that are installed.
+
+    Attributes:
+        model: the loaded model: encode, decode, capabilities.
+    """
+
+    def __init__(self, model: LatentModel, plugins: Plugins | None = None) -> None:
+        self.model = model
+        self.plugins = plugin_module.default() if plugins is None else plugins
+        self._lock = threading.Lock()
+        self._resources: dict[str, Any] = {}
+
+    @classmethod
+    def load(
+        cls,
+        source: str | os.PathLike[str] = loading.TINY,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
+        plugins: Plugins | None = None,
+    ) -> Editor:
+        """Load a model and make an editor of it; arguments as in `diffedit.models.loading.load`.
+
+        Raises:
+            ModelError: the model cannot be loaded.
+        """
+        found = plugin_module.default() if plugins is None else plugins
+        model = loading.load(
+            source, found.families, device=device, dtype=dtype, revision=revision, variant=variant
+        )
+        return cls(model, found)
+
+    @property
+    def edits(self) -> Mapping[str, type[Edit]]:
+        """Edit classes by name."""
+        return self.plugins.edits
+
+    def run(
+        self,
+        image: ImageSource | None,
+        what: Runnable,
+        *,
+        seed: int | Sequence[int] | None = None,
+        size: tuple[int, int] | None = None,
+        compat: bool = False,
+    ) -> Result:
+        """Edit a picture, or make one from nothing.
+
+        Args:
+            image: a path, bytes, PIL image or NumPy array; None: start from nothing.
+            what: a pass, several in a row, or a workflow.
+            seed: one, or several for as many pictures at once; None: the workflow's (0 for passes).
+            size: (width, height) of a picture from nothing; None: the workflow's, else the model's
+                own. Otherwise the result has the image's size.
+            compat: for comparisons with diffusers' own pipelines only: their draw order, no crop.
+
+        Raises:
+            InputError: something in the image, the passes or the seeds is wrong.
+            PluginError: an edit broke the contract; its effects are undone.
+            Busy: the editor is running something.
+        """
+        with self.stream(image, what, seed=seed, size=size, compat=compat) as events:
+            for _ in events:
+                pass
+            return events.result
+
+    def stream(
+        self,
+        image: ImageSource | None,
+        what: Runnable,
+        *,
+        seed: int | Sequence[int] | None = None,
+        size: tuple[int, int] | None = None,
+        compat: bool = False,
+    ) -> Stream:
+        """Like `run`, step by step: iterate over the steps, then read ``.result``.
+
+        Leaving the ``with`` block cancels after the current model call and undoes everything.
+        """
+        workflow = _workflow(what)
+        seeds = _seeds(workflow.seed if seed is None else seed)
+        return Stream(self._steps(image, workflow, seeds, size, compat))
+
+    @torch.no_grad()  # as a decorator: a `with` around yields would reach into the caller's code
+    def _steps(
+        self,
+        image: ImageSource | None,
+        workflow: Workflow,
+        seeds: tuple[int, ...],
+        size: tuple[int, int] | None,
+        compat: bool,
+    ) -> Generator[Step, None, Result]:
+        if not self._lock.acquire(blocking=False):
+            raise Busy("this editor is running something; wait for it, or load another editor")
+        try:
+            setting = Setting(self.model, self.plugins, seeds, compat, self._resource)
+            source = None if image is None else open_picture(image)
+            given = Handover(self._canvas(source, size or workflow.size))
+            latents: torch.Tensor | None = None
+            records: list[dict[str, Any]] = []
+            for index, pass_ in enumerate(workflow.passes):
+                steps = run_pass(pass_, given, setting)
+                outcome = yield from _numbered(steps, index, len(workflow.passes))
+                given = outcome.handover
+                latents = latents if outcome.latents is None else outcome.latents
+                records.append(outcome.record)
+            pictures = tuple(given.canvas.picture(item) for item in range(len(seeds)))
+            model = dict(self.model.info)
+            return Result(pictures, latents, seeds, workflow, tuple(records), model, source)
+        finally:
+            self._lock.release()
+
+    def _canvas(self, source: Picture | None, size: tuple[int, int] | None) -> Canvas:
+        if source is None:
+            native = self.model.sides[0]
+            width, height = size or (native, native)
+            if min(width, height) < self.model.grid:
+                raise InputError(f"size {width}x{height}: sides must be at least {self.model.grid}")
+        else:
+            width, height = source.size
+            if size is not None and size != source.size:
+                raise InputError(
+                    f"size is for pictures made from nothing: the result has the image's own,"
+                    f" {width}x{height}"
+                )
+        whole = Frame(Box(0, 0, width, height), (width, height), (width, height))
+        return (
+            Canvas.blank((width, height), whole) if source is None else Canvas.open(source, whole)
+        )
+
+    def _resource(self, key: str, loader: Callable[[], Any]) -> Any:
+        if key not in self._resources:
+            self._resources[key] = loader()
+        return self._resources[key]
+
+
+class Stream(Iterator[Step]):
+    """The steps of a run; a context manager, so that leaving it cancels the run."""
+
+    def __init__(self, steps: Generator[Step, None, Result]) -> None:
+        self._steps = steps
+        self._result: Result | None = None
+
+    def __next__(self) -> Step:
+        try:
+            return next(self._steps)
+        except StopIteration as end:
+            if end.value is not None:
+                self._result = end.value
+            raise StopIteration from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel the run, if it is still going; the model is left as it was."""
+        self._steps.close()
+
+    @property
+    def result(self) -> Result:
+        """The result, once the steps are used up.
+
+        Raises:
+            DiffeditError: the run is not finished, or was cancelled.
+        """
+        if self._result is None:
+            raise DiffeditError("there is no result: the run is not finished, or was cancelled")
+        return self._result
+
+
+def _numbered(
+    steps: Generator[Step, None, Any], index: int, total: int
+) -> Generator[Step, None, Any]:
+    """Pass steps on with the number of their pass."""
+    try:
+        while True:
+            try:
+                step = next(steps)
+            except StopIteration as end:
+                return end.value
+            yield replace(step, pass_index=index, passes=total)
+    finally:
+        steps.close()
+
+
+def _workflow(what: Runnable) -> Workflow:
+    if isinstance(what, Workflow):
+        return what
+    passes = (what,) if isinstance(what, Pass) else tuple(what)
+    if not passes:
+        raise InputError("nothing to run: give at least one pass")
+    return Workflow(passes=passes)
+
+
+def _seeds(seed: int | Sequence[int]) -> tuple[int, ...]:
+    seeds = (seed,) if isinstance(seed, int) else tuple(seed)
+    if not seeds:
+        raise InputError("no seed given: one per picture")
+    for one in seeds:
+        if not isinstance(one, int) or not 0 <= one < 2**63:
+            raise InputError(f"seed {one!r}: needs a whole number from 0 to 2**63 - 1")
+    return seeds

@@ -1,0 +1,229 @@
+"""Stable Diffusion 1 and 2: UNets with text cross-attention, 4 channels or 9 (inpainting).
+
+A diffusers pipeline serves as a bundle of components and loaders; it is never called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers import ControlNetModel, StableDiffusionPipeline
+from torch import Tensor
+
+from diffedit.attention import Transform, attending
+from diffedit.errors import CapabilityError, ModelError
+from diffedit.models import loading
+from diffedit.models.protocol import Conditioning, ModelInput, Residuals
+from diffedit.rows import RowMap
+from diffedit.schedulers import Schedule, build
+
+#: Working regions go up to this many times the size the model was trained at.
+LARGEST = 2
+
+
+class StableDiffusion:
+    """The `LatentModel` of the Stable-Diffusion UNet family (epsilon and v-prediction).
+
+    Args:
+        pipe: the components.
+        source: where they came from, for messages and provenance.
+    """
+
+    def __init__(self, pipe: StableDiffusionPipeline, source: str = "in memory") -> None:
+        self.pipe: Any = pipe
+        self.source = source
+        self.unet: Any = pipe.unet
+        self.vae: Any = pipe.vae
+        self.grid: int = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.channels: int = self.vae.config.latent_channels
+        native = int(self.unet.config.sample_size) * self.grid
+        self.sides = (native, LARGEST * native)
+        inputs = self.unet.config.in_channels
+        if inputs not in (self.channels, 2 * self.channels + 1):
+            raise ModelError(
+                f"{source}: a UNet of {inputs} input channels is not supported;"
+                f" {self.channels} and {2 * self.channels + 1} (inpainting) are"
+            )
+        found = {"control", "shared_attention"}
+        if inputs != self.channels:
+            found.add("mask_channels")
+        if self.unet.config.time_cond_proj_dim is not None:
+            found.add("embedded_guidance")
+        self.capabilities = frozenset(found)
+        self._rows = RowMap(())
+        self._look: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser's weights are."""
+        return cast(torch.device, self.unet.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the denoiser's weights."""
+        return cast(torch.dtype, self.unet.dtype)
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """What to tell people about this model."""
+        return {
+            "source": self.source,
+            "family": Family.name,
+            "parameters": {
+                name: sum(weight.numel() for weight in part.parameters())
+                for name, part in (
+                    ("unet", self.unet),
+                    ("vae", self.vae),
+                    ("text_encoder", self.pipe.text_encoder),
+                )
+            },
+            "native_side": self.sides[0],
+            "largest_side": self.sides[1],
+            "prediction": self.pipe.scheduler.config.prediction_type,
+            "scheduler": type(self.pipe.scheduler).__name__,
+            "capabilities": sorted(self.capabilities),
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    def parts(self) -> Iterable[torch.nn.Module]:
+        """The modules whose state a pass must leave as it found it."""
+        return [self.unet, self.vae, self.pipe.text_encoder]
+
+    def embed(self, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
+        """Embed prompts with the text encoder: ``text`` is ``(prompts, tokens, d)``."""
+        rows = [self.pipe.encode_prompt(text, self.device, 1, False)[0] for text in prompts]
+        return Conditioning({"text": torch.cat(rows)})
+
+    def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Encode ``(b, 3, h, w)`` in [0, 1]: the posterior's mean, or a sample with a generator."""
+        posterior = self.vae.encode(
+            (2.0 * pixels - 1.0).to(self.device, self.vae.dtype)
+        ).latent_dist
+        latents = posterior.mode() if generator is None else posterior.sample(generator)
+        return cast(Tensor, self.vae.config.scaling_factor * latents)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents to ``(b, 3, h, w)`` in [0, 1], float32."""
+        scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        pixels = self.vae.decode(scaled, return_dict=False)[0]
+        return cast(Tensor, (pixels.float() / 2 + 0.5).clamp(0, 1))
+
+    def preview(self, x0: Tensor) -> Tensor:
+        """The best linear map from a latent cell to its colour, fitted once on this VAE."""
+        if self._look is None:
+            self._look = self._fit_look()
+        colours = torch.einsum("bchw,ck->bkhw", _with_one(x0.float()), self._look)
+        return colours.clamp(0, 1)
+
+    def _fit_look(self) -> Tensor:
+        """Least squares from latents to mean colours, over a picture of smooth random colours."""
+        draw = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        colours = F.interpolate(draw, scale_factor=self.grid // 2, mode="bicubic").clamp(0, 1)
+        pixels = F.interpolate(colours, scale_factor=4.0, mode="bilinear")
+        latents = _with_one(self.encode(pixels).float())  # (1, c + 1, h, w)
+        means = F.avg_pool2d(pixels, self.grid).to(latents)  # (1, 3, h, w)
+        a, b = latents.flatten(2)[0].T, means.flatten(2)[0].T
+        return torch.linalg.lstsq(a.cpu(), b.cpu()).solution.to(latents.device)
+
+    def schedule(
+        self, name: str | None, steps: int, at: float = 1.0, *, compat: bool = False
+    ) -> Schedule:
+        """The calls of a trip that starts at noise level `at`."""
+        return Schedule(build(name, self.pipe.scheduler), steps, self.device, at=at, compat=compat)
+
+    def load_control(self, source: str | None, kind: str | None = None) -> Any:
+        """Load a ControlNet; None: the subfolder ``controlnet`` of the model's own folder.
+
+        Raises:
+            ModelError: there is none, or it was made for another family.
+        """
+        if source is None:
+            own = Path(self.source) / "controlnet"
+            source = next(
+                (str(p) for p in (own / (kind or ""), own) if (p / "config.json").exists()), None
+            )
+            if source is None:
+                raise CapabilityError(
+                    f"{self.source} brings no control network of its own for {kind!r}: name one by"
+                    " its folder or hub id (controlnet: model)"
+                )
+        net: Any = loading.pretrained(ControlNetModel, source, torch_dtype=self.dtype)
+        mine, its = self.unet.config, net.config
+        for key in ("cross_attention_dim", "block_out_channels"):
+            if getattr(mine, key) != getattr(its, key):
+                raise ModelError(
+                    f"{source}: this control network was made for another model: its {key} is"
+                    f" {getattr(its, key)}, the loaded model's is {getattr(mine, key)}"
+                )
+        return net.to(self.device).eval().requires_grad_(False)
+
+    def control(self, net: Any, x: ModelInput, hint: Tensor, weight: float) -> Residuals:
+        """Run a ControlNet (Zhang et al. 2023, arXiv:2302.05543) on the rows of `x`."""
+        down, middle = net(
+            x.latents.to(net.dtype),
+            x.timestep,
+            encoder_hidden_states=x.conditioning.tensors["text"].to(net.dtype),
+            controlnet_cond=hint.to(net.device, net.dtype).expand(len(x.rows), -1, -1, -1),
+            conditioning_scale=weight,
+            return_dict=False,
+        )
+        return Residuals((*down, middle))
+
+    def attending(self, transform: Transform) -> AbstractContextManager[None]:
+        """While inside, every attention of the UNet goes through `transform`."""
+        return attending(self.unet, transform, lambda: self._rows)
+
+    def predict(self, x: ModelInput) -> Tensor:
+        """The UNet's raw output for every row, in the type of the latents."""
+        self._rows = x.rows
+        latents = x.latents
+        if "mask_channels" in self.capabilities:
+            latents = torch.cat([latents, x.channels["mask"], x.channels["masked"]], dim=1)
+        places = x.residuals.places if x.residuals else None
+        output = self.unet(
+            latents.to(self.dtype),
+            x.timestep,
+            encoder_hidden_states=x.conditioning.tensors["text"],
+            timestep_cond=self._guidance(x),
+            down_block_additional_residuals=places[:-1] if places else None,
+            mid_block_additional_residual=places[-1] if places else None,
+            return_dict=False,
+        )[0]
+        return cast(Tensor, output.to(x.latents.dtype))
+
+    def _guidance(self, x: ModelInput) -> Tensor | None:
+        if x.guidance is None:
+            return None
+        scale = torch.full((len(x.rows),), x.guidance - 1)
+        size = self.unet.config.time_cond_proj_dim
+        made = self.pipe.get_guidance_scale_embedding(scale, embedding_dim=size)
+        return cast(Tensor, made.to(self.device, self.dtype))
+
+
+def _with_one(latents: Tensor) -> Tensor:
+    return torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1)
+
+
+class Family:
+    """How Stable Diffusion 1 and 2 are recognised and loaded."""
+
+    name = "stable-diffusion"
+
+    def recognises(self, config: Mapping[str, Any]) -> bool:
+        """Pipelines named StableDiffusion…, but not XL, 3, or the upscalers."""
+        named = str(config.get("_class_name", ""))
+        other = ("XL", "3", "Upscale", "Gligen", "Depth", "Instruct", "Video", "UnCLIP", "Image")
+        return named.startswith("StableDiffusion") and not any(word in named for word in other)
+
+    def load(self, source: str, **options: Any) -> StableDiffusion:
+        """Load from a diffusers folder, a hub id, or a single .safetensors file."""
+        pipe = loading.components(StableDiffusionPipeline, source, **options)
+        for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+            part.eval().requires_grad_(False)
+        return StableDiffusion(pipe, source)

@@ -1,0 +1,51 @@
+"""Which row of a batch is what: branch x item, and references beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RowKey:
+    """One row of a call of the denoiser.
+
+    Attributes:
+        branch: the prediction it belongs to ("positive", "negative", or a contributed name).
+        item: the picture of the batch, counted from 0.
+        reference: the name of the reference it shows; None for the canvas itself.
+    """
+
+    branch: str
+    item: int
+    reference: str | None = None
+
+
+@dataclass(frozen=True)
+class RowMap:
+    """The rows of a call, in order."""
+
+    keys: tuple[RowKey, ...]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def canvas(self) -> list[int]:
+        """Indices of the rows that show the canvas."""
+        return [i for i, key in enumerate(self.keys) if key.reference is None]
+
+    def of_branch(self, branch: str) -> list[int]:
+        """Indices of one branch's canvas rows, in item order."""
+        return [
+            i for i, key in enumerate(self.keys) if key.branch == branch and key.reference is None
+        ]
+
+    def beside(self, reference: str) -> list[int]:
+        """For every row, the index of the row that shows `reference` in the same branch and item."""
+        at = {(k.branch, k.item): i for i, k in enumerate(self.keys) if k.reference == reference}
+        return [at[key.branch, key.item] for key in self.keys]
+
+    def only(self, indices: Sequence[int]) -> RowMap:
+        """Some of the rows, in the order given."""
+        return RowMap(tuple(self.keys[i] for i in indices))

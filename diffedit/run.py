@@ -1,0 +1,110 @@
+"""What an edit sees of the pass it contributes to, and where random numbers come from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from diffedit.canvas import Canvas
+from diffedit.errors import CapabilityError, ParameterError, nearest
+from diffedit.models.protocol import LatentModel
+from diffedit.preprocessors import Preprocess, Preprocessor
+
+
+class Streams:
+    """Named streams of random numbers.
+
+    A stream is fixed by the item's seed and its purpose alone: an edit that is added, a neighbour
+    in the batch or another device shifts nobody's numbers. All are drawn on the CPU.
+
+    Args:
+        seeds: one per item of the batch.
+        single: a generator to give out for every purpose, in diffusers' draw order (compat mode).
+    """
+
+    def __init__(self, seeds: tuple[int, ...], single: torch.Generator | None = None) -> None:
+        self.seeds = seeds
+        self.single = single
+
+    def seed(self, purpose: str, item: int = 0) -> int:
+        """The seed of a stream, in [0, 2**63)."""
+        said = f"{self.seeds[item]}/{purpose}".encode()
+        return int.from_bytes(hashlib.sha256(said).digest()[:8], "little") >> 1
+
+    def rng(self, purpose: str, item: int = 0) -> torch.Generator:
+        """The stream of one purpose and item, from its beginning."""
+        return self.single or torch.Generator().manual_seed(self.seed(purpose, item))
+
+    def normal(self, purpose: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Standard normal numbers ``(items, *shape)``, float32, on the CPU."""
+        items = range(len(self.seeds))
+        return torch.cat([torch.randn(1, *shape, generator=self.rng(purpose, i)) for i in items])
+
+
+@dataclass(frozen=True)
+class Run:
+    """A pass as its edits see it. Read-only.
+
+    Attributes:
+        canvas: the picture being edited and the region being worked on.
+        model: the loaded model.
+        prompt: what the pass is to show; "" when it says nothing.
+        negative: what it is not to show.
+        steps: how many steps the pass asks for, before any strength cuts them.
+        streams: the named streams of random numbers.
+        compat: whether this pass is compared with diffusers' own pipelines.
+        preprocessors: what can turn a picture into a control hint, by name.
+        load: ``load(key, loader)``: loads something heavy once per editor.
+    """
+
+    canvas: Canvas
+    model: LatentModel
+    prompt: str
+    negative: str
+    steps: int
+    streams: Streams
+    compat: bool = False
+    preprocessors: Mapping[str, Preprocessor] = field(default_factory=dict)
+    load: Callable[[str, Callable[[], Any]], Any] = field(default=lambda key, loader: loader())
+
+    @property
+    def items(self) -> int:
+        """How many pictures this pass makes at once."""
+        return len(self.streams.seeds)
+
+    def rng(self, purpose: str, item: int = 0) -> torch.Generator:
+        """The random stream of one purpose and item, from its beginning."""
+        return self.streams.rng(purpose, item)
+
+    def require(self, capability: str, who: str) -> None:
+        """Raise `CapabilityError` unless the model has a capability."""
+        if capability not in self.model.capabilities:
+            has = ", ".join(sorted(self.model.capabilities)) or "none"
+            raise CapabilityError(f"{who}: the loaded model has no {capability!r}; it has: {has}")
+
+    def resource(self, key: str, loader: Callable[[], Any]) -> Any:
+        """Load something heavy once per editor; later calls with the same key return it."""
+        return self.load(key, loader)
+
+    def control_net(self, source: str | None, kind: str | None = None) -> Any:
+        """A control network, from a folder or hub id; None: the model's own for `kind`."""
+        key = f"control:{source or self.model.info['source']}:{kind if source is None else ''}"
+        return self.resource(key, lambda: self.model.load_control(source, kind))
+
+    def preprocess(self, kind: str, weights: str | None = None) -> Preprocess:
+        """The preprocessor of that name, ready to use; its weights are loaded once per editor.
+
+        Raises:
+            ParameterError: no preprocessor has that name.
+        """
+        if kind not in self.preprocessors:
+            raise ParameterError(f"no preprocessor {kind!r}{nearest(kind, self.preprocessors)}")
+        found = self.preprocessors[kind]
+        made: Preprocess = self.resource(
+            f"preprocessor:{kind}:{weights}", lambda: found.load(weights)
+        )
+        return made

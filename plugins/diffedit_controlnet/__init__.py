@@ -1,0 +1,119 @@
+"""ControlNet: the picture follows a hint, such as edges, depth or a pose.
+
+Zhang et al. 2023, "Adding Conditional Control to Text-to-Image Diffusion Models" (arXiv:2302.05543).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field, model_validator
+
+from diffedit import (
+    Contribution,
+    Edit,
+    ImageField,
+    ModelInput,
+    Preprocessor,
+    Residuals,
+    Run,
+    hookimpl,
+)
+from diffedit_controlnet.preprocessors import PREPROCESSORS
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from torch import Tensor
+
+
+class ControlNet(Edit):
+    """Follow a hint. Any number of these may act together; what they say is added."""
+
+    name: ClassVar[str] = "controlnet"
+    version: ClassVar[str] = "1.0.0"
+
+    model: str | None = Field(
+        None,
+        description="Folder or hub id of the control network; none: the loaded model's own",
+        max_length=4096,
+    )
+    kind: str = Field(
+        "canny",
+        description='How the hint is made from the image: a preprocessor\'s name, or "none" if the'
+        " image is a hint already",
+        max_length=64,
+    )
+    image: ImageField | None = Field(
+        None, description="What to take the hint from; none: the picture being edited"
+    )
+    weight: float = Field(
+        1.0, ge=0, le=4, description="How strongly it acts", json_schema_extra={"step": 0.05}
+    )
+    start: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="From which fraction of the steps on",
+        json_schema_extra={"advanced": True},
+    )
+    end: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Up to which fraction of the steps",
+        json_schema_extra={"advanced": True},
+    )
+    weights: str | None = Field(
+        None,
+        description="Folder or hub id of the preprocessor's weights; none: its usual ones",
+        max_length=4096,
+        json_schema_extra={"advanced": True},
+    )
+
+    @model_validator(mode="after")
+    def _window(self) -> Self:
+        if self.start > self.end:
+            raise ValueError(f"start {self.start:g} lies after end {self.end:g}")
+        return self
+
+    def contribute(self, run: Run) -> Contribution:
+        """The residuals of the control network under the hint, made when first needed."""
+        run.require("control", self.name)
+        preprocess = None if self.kind == "none" else run.preprocess(self.kind, self.weights)
+        net = run.control_net(self.model, self.kind)
+
+        @functools.cache
+        def hint() -> Tensor:
+            canvas = run.canvas
+            shown = canvas.pixels if self.image is None else canvas.hint(self.image.picture)
+            if preprocess is None:
+                return shown
+            import torch
+
+            made = []
+            for one in shown:  # (3, h, w) in [0, 1]
+                pixels = (one.permute(1, 2, 0).numpy() * 255).round().astype("uint8")
+                made.append(torch.from_numpy(preprocess(pixels)).permute(2, 0, 1).float() / 255)
+            return torch.stack(made)
+
+        def residuals(x: ModelInput, step: int) -> Residuals:
+            shown = hint()
+            if len(shown) > 1:  # a picture per item: give each row its own
+                shown = shown[[key.item for key in x.rows.keys]]
+            return run.model.control(net, x, shown, self.weight)
+
+        return Contribution(residuals=residuals, during=(self.start, self.end))
+
+
+@hookimpl
+def register_edits() -> list[type[Edit]]:
+    """The edit of this plugin."""
+    return [ControlNet]
+
+
+@hookimpl
+def register_preprocessors() -> list[Preprocessor]:
+    """Canny, and the detectors of controlnet_aux by name."""
+    return list(PREPROCESSORS)

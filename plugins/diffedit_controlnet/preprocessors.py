@@ -1,0 +1,90 @@
+"""Preprocessors by name: canny, and the detectors of controlnet_aux."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from diffedit import Preprocessor, errors
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Pixels8 = npt.NDArray[np.uint8]
+
+#: Where the detectors' authors publish their weights.
+ANNOTATORS = "lllyasviel/Annotators"
+
+#: name: (class in controlnet_aux, usual weights or None, what it finds)
+DETECTORS: dict[str, tuple[str, str | None, str]] = {
+    "depth_leres": ("LeresDetector", ANNOTATORS, "depth (LeReS)"),
+    "depth_midas": ("MidasDetector", ANNOTATORS, "depth (MiDaS)"),
+    "depth_zoe": ("ZoeDetector", ANNOTATORS, "depth (ZoeDepth)"),
+    "hed": ("HEDdetector", ANNOTATORS, "soft edges (HED)"),
+    "lineart": ("LineartDetector", ANNOTATORS, "line drawing"),
+    "lineart_anime": ("LineartAnimeDetector", ANNOTATORS, "line drawing of cartoons"),
+    "mlsd": ("MLSDdetector", ANNOTATORS, "straight lines (M-LSD)"),
+    "normal_bae": ("NormalBaeDetector", ANNOTATORS, "surface normals (Bae)"),
+    "openpose": ("OpenposeDetector", ANNOTATORS, "body pose"),
+    "pidinet": ("PidiNetDetector", ANNOTATORS, "soft edges (PiDiNet)"),
+    "shuffle": ("ContentShuffleDetector", None, "the picture, shuffled"),
+}
+
+
+def canny(pixels: Pixels8, low: int = 100, high: int = 200) -> Pixels8:
+    """Edges by Canny 1986, white on black: ``(h, w, 3)`` uint8 in and out.
+
+    Args:
+        pixels: RGB.
+        low: gradients below this are no edge.
+        high: gradients above this are one; between, if they touch one.
+    """
+    import cv2
+    import numpy as np
+
+    edges = cv2.Canny(np.ascontiguousarray(pixels), low, high)
+    return np.repeat(edges[..., None], 3, axis=2)  # type: ignore[return-value]
+
+
+def _detector(name: str, weights: str | None) -> Callable[[Pixels8], Pixels8]:
+    """A detector of controlnet_aux, its weights loaded from a folder or hub id."""
+    import controlnet_aux
+    import numpy as np
+
+    cls, usual, _ = DETECTORS[name]
+    made: Any = getattr(controlnet_aux, cls)
+    try:
+        detector = made() if usual is None else made.from_pretrained(weights or usual)
+    except Exception as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise errors.ModelError(
+            f"preprocessor {name!r}: its weights cannot be loaded from {weights or usual!r} ({said});"
+            " give a folder that holds them (controlnet: weights)"
+        ) from error
+
+    def detect(pixels: Pixels8) -> Pixels8:
+        height, width = pixels.shape[:2]
+        side = min(height, width)
+        found = np.asarray(
+            detector(pixels, detect_resolution=side, image_resolution=side, output_type="np")
+        )
+        if found.ndim == 2:
+            found = np.repeat(found[..., None], 3, axis=2)
+        if found.shape[:2] != (height, width):  # detectors round to multiples of 64
+            import cv2
+
+            found = cv2.resize(found, (width, height), interpolation=cv2.INTER_LINEAR)
+        return found.astype(np.uint8)
+
+    return detect
+
+
+PREPROCESSORS = (
+    Preprocessor("canny", lambda weights: canny, "edges (Canny)"),
+    *(
+        Preprocessor(name, functools.partial(_detector, name), found, usual)
+        for name, (_, usual, found) in DETECTORS.items()
+    ),
+)
