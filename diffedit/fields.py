@@ -22,7 +22,6 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
@@ -174,17 +173,12 @@ class MaskField(ImageField):
 
     @staticmethod
     def _read(source: ImageSource) -> Picture:
-        if isinstance(source, np.ndarray) or (
-            isinstance(source, Image.Image) and source.mode == "F"
-        ):
-            array = np.asarray(source)
-            if array.dtype.kind == "f":
-                return Picture((read_mask(array) * 65535).round().astype(np.uint16))
-            try:
-                return open_picture(array)
-            except ImageError as error:
+        try:
+            return open_picture(source, float_bits=16)
+        except ImageError as error:
+            if isinstance(source, np.ndarray):
                 raise MaskError(f"not a mask: {error}") from None
-        return open_picture(source)
+            raise
 
     @cached_property
     def mask(self) -> npt.NDArray[np.float32]:

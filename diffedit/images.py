@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -41,10 +41,11 @@ log = logging.getLogger(__name__)
 
 Pixels = npt.NDArray[Any]  # uint8 or uint16, (h, w) or (h, w, c)
 Floats = npt.NDArray[np.floating[Any]]
+FloatBits = Literal[8, 16]  # what float pixels are rounded to
 
 _READS = "PNG, JPEG, WebP, TIFF, BMP or GIF"
 # Only these: Pillow would also run Ghostscript on an EPS, and reads deep JPEG 2000 as 8-bit.
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "DIB", "GIF")
+_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "DIB", "GIF")
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _MAGIC = (_PNG_MAGIC, b"\xff\xd8\xff", b"RIFF", b"BM", b"GIF8")
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -61,7 +62,7 @@ class Picture:
             premultiplied); uint8 or uint16; read-only. An array that its owner could still change
             is copied.
         icc: ICC profile of the pixels.
-        exif: EXIF block in Pillow's form (``b"Exif\\0\\0"`` first); orientation is applied to the
+        exif: EXIF block in Pillow's form (it begins with ``Exif``); orientation is applied to the
             pixels already and its tag says 1.
         path: the file it was read from. Pictures derived from it keep the path, so that they are
             never saved over their source.
@@ -77,6 +78,8 @@ class Picture:
 
     def __post_init__(self) -> None:
         pixels = _checked(self.pixels)
+        if pixels.dtype not in (np.uint8, np.uint16):
+            raise ImageError(f"a picture's pixels are {pixels.dtype}, should be uint8 or uint16")
         if pixels.flags.writeable or not (pixels.flags.owndata and pixels.flags.c_contiguous):
             pixels = pixels.copy(order="C")
             pixels.flags.writeable = False
@@ -102,6 +105,7 @@ class Picture:
 
     @property
     def has_alpha(self) -> bool:
+        """Whether the last channel is alpha."""
         return self.channels in (2, 4)
 
     @property
@@ -210,26 +214,26 @@ class Picture:
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any] | Picture
 
 
-def open_picture(source: ImageSource) -> Picture:
+def open_picture(source: ImageSource, *, float_bits: FloatBits = 8) -> Picture:
     """Return the picture at a path, in a file's bytes, a Pillow image or a NumPy array.
 
     Files keep their depth (8 or 16 bit), channels, ICC profile and EXIF; palettes become RGB(A),
     CMYK becomes RGB (through its profile when it has one), of an animation the first frame is
     taken, and EXIF orientation is applied. Arrays are (h, w) or (h, w, c), uint8, uint16, bool
-    (False, True -> 0, 255) or float in [0, 1], which is rounded to 8 bits: pass uint16 for more.
+    (False, True -> 0, 255) or float in [0, 1], which is rounded to ``float_bits``.
     A Pillow image that was opened from a 16-bit RGB file is 8-bit already: pass the path instead.
 
     Raises:
         ImageError: nothing there, not an image, damaged, or pixels of another kind.
     """
-    return _open(source, np.uint8)
+    return _open(source, float_bits)
 
 
 def read_mask(source: ImageSource) -> npt.NDArray[np.float32]:
     """Return a mask as (h, w) float32 in [0, 1]; 1 = may change.
 
     RGB counts by its luminance, and alpha multiplies: white on transparent is a mask. Sources are
-    those of :func:`open_picture`. uint8 counts from 0 to 255, so an array of 0 and 1 should be bool.
+    those of :func:`open_picture`. uint8 counts to 255: an array of 0 and 1 should be bool.
 
     Raises:
         ImageError: a file that is missing or cannot be read.
@@ -239,11 +243,11 @@ def read_mask(source: ImageSource) -> npt.NDArray[np.float32]:
         try:
             if source.dtype.kind == "f":
                 return _mask_values(_checked(source).astype(np.float32))
-            picture = _open(source, np.uint16)
+            picture = _open(source, 16)
         except ImageError as error:
             raise MaskError(f"not a mask: {error}") from None
     else:
-        picture = _open(source, np.uint16)
+        picture = _open(source, 16)
     if picture.pixels.max() == 1:
         log.warning("a mask's values are 0 and 1 of %d: nearly black", picture.max_value)
     return _mask_values(picture.pixels.astype(np.float32) / picture.max_value)
@@ -264,6 +268,8 @@ def save_picture(
     ``.jpg``/``.jpeg`` is lossy and logs a warning.
 
     Args:
+        picture: what to write.
+        path: where to; its suffix names the format.
         overwrite: whether a file that exists may be replaced.
         inputs: files that must not be replaced, besides the one the picture was read from; links
             to them count as well.
@@ -326,14 +332,15 @@ def _checked(pixels: Pixels) -> Pixels:
     return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
 
 
-def _integers(pixels: Pixels, float_as: type[np.uint8] | type[np.uint16]) -> Pixels:
+def _integers(pixels: Pixels, float_bits: FloatBits) -> Pixels:
     pixels = _checked(pixels)
     if pixels.dtype == np.bool_:
         return pixels.astype(np.uint8) * np.uint8(255)
     if pixels.dtype.kind == "f":
         if pixels.dtype == np.float16:  # 65535 lies beyond float16
             pixels = pixels.astype(np.float32)
-        return (pixels * np.iinfo(float_as).max).round().astype(float_as)
+        kind = np.uint8 if float_bits == 8 else np.uint16
+        return (pixels * np.iinfo(kind).max).round().astype(kind)
     return pixels
 
 
@@ -366,19 +373,19 @@ def _resize_plane(plane: Pixels, size: tuple[int, int]) -> Pixels:
     return np.asarray(image.resize(size, Image.Resampling.LANCZOS))
 
 
-def _open(source: ImageSource, float_as: type[np.uint8] | type[np.uint16]) -> Picture:
+def _open(source: ImageSource, float_bits: FloatBits) -> Picture:
     if isinstance(source, Picture):
         return source
     if isinstance(source, np.ndarray):
-        return Picture(_integers(source, float_as))
+        return Picture(_integers(source, float_bits))
     if isinstance(source, Image.Image):
-        return _from_pil(source, "the Pillow image", float_as)
+        return _from_pil(source, "the Pillow image", float_bits)
     if isinstance(source, bytes | bytearray | memoryview):
-        return _decode(bytes(source), "the image bytes", float_as)
+        return _decode(bytes(source), "the image bytes", float_bits)
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         data = _read_file(path, source)
-        picture = _decode(data, str(path), float_as)
+        picture = _decode(data, str(path), float_bits)
         return Picture(picture.pixels, picture.icc, picture.exif, path)
     raise ImageError(
         f"a {type(source).__name__} is not an image, should be a path, bytes, a Pillow image "
@@ -404,20 +411,18 @@ def _read_file(path: Path, source: object) -> bytes:
         raise ImageError(f"{str(path)!r} cannot be read ({reason})") from error
 
 
-def _from_pil(
-    image: Image.Image, where: str, float_as: type[np.uint8] | type[np.uint16]
-) -> Picture:
+def _from_pil(image: Image.Image, where: str, float_bits: FloatBits) -> Picture:
     try:
         image.load()
     except Exception as error:  # decoders raise anything on damaged data
         raise ImageError(f"{where} is truncated or damaged ({_line(error)})") from error
-    pixels, icc = _pil_pixels(image, where, float_as)
+    pixels, icc = _pil_pixels(image, where, float_bits)
     orientation, exif = _read_exif(image)
     return Picture(_oriented(pixels, orientation), icc, exif)
 
 
 def _pil_pixels(
-    image: Image.Image, where: str, float_as: type[np.uint8] | type[np.uint16]
+    image: Image.Image, where: str, float_bits: FloatBits
 ) -> tuple[Pixels, bytes | None]:
     """Return a Pillow image's pixels in one of our layouts, and the profile that fits them."""
     icc = cast("bytes | None", image.info.get("icc_profile")) or None
@@ -443,7 +448,7 @@ def _pil_pixels(
             )
         return np.asarray(image).astype(np.uint16), icc
     try:
-        return _integers(np.asarray(image), float_as), icc
+        return _integers(np.asarray(image), float_bits), icc
     except ImageError as error:
         raise ImageError(f"{where} (mode {mode}): {error}") from None
 
@@ -463,7 +468,7 @@ def _to_srgb(image: Image.Image, icc: bytes | None) -> tuple[Image.Image, bytes 
         converted = ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
         assert converted is not None  # None only when converting in place
         return converted, srgb.tobytes()
-    except ImageCms.PyCMSError:
+    except (ImageCms.PyCMSError, OSError):  # a broken profile
         return image.convert("RGB"), None
 
 
@@ -490,6 +495,18 @@ def _read_exif(image: Image.Image) -> tuple[int, bytes | None]:
         raw = raw if raw.startswith(_EXIF_HEADER) else _EXIF_HEADER + raw
         return orientation, _upright(raw)
     return 1, None
+
+
+def _tiff_metadata(data: bytes) -> tuple[int, bytes | None, bytes | None]:
+    """Return orientation, EXIF block and ICC profile of a TIFF's first page."""
+    with warnings.catch_warnings(), contextlib.suppress(Exception):
+        warnings.simplefilter("ignore")
+        tags = Image.Exif()
+        tags.load(data)  # an EXIF block is a TIFF file
+        orientation = tags.get(_ORIENTATION, 1)
+        orientation = orientation if orientation in range(1, 9) else 1
+        return orientation, _tiff_exif(tags), tags.get(34675)
+    return 1, None, None
 
 
 _DESCRIPTIVE = (270, 271, 272, 305, 306, 315, 33432)  # description, make, model, software, …
@@ -534,7 +551,7 @@ def _oriented(pixels: Pixels, orientation: int) -> Pixels:
 # -- decoding ----------------------------------------------------------------------------------
 
 
-def _decode(data: bytes, where: str, float_as: type[np.uint8] | type[np.uint16]) -> Picture:
+def _decode(data: bytes, where: str, float_bits: FloatBits) -> Picture:
     if not data:
         raise ImageError(f"{where} is empty, should be {_READS}")
     audio = data[:4] == b"RIFF" and len(data) >= 12 and data[8:12] != b"WEBP"
@@ -545,7 +562,7 @@ def _decode(data: bytes, where: str, float_as: type[np.uint8] | type[np.uint16])
             # Between once and twice Pillow's limit a picture is large, not an attack.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             warnings.filterwarnings("error", "(?i).*truncated")
-            return _decode_checked(data, where, float_as)
+            return _decode_checked(data, where, float_bits)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -556,19 +573,21 @@ def _decode(data: bytes, where: str, float_as: type[np.uint8] | type[np.uint16])
         ) from error
 
 
-def _decode_checked(data: bytes, where: str, float_as: type[np.uint8] | type[np.uint16]) -> Picture:
+def _decode_checked(data: bytes, where: str, float_bits: FloatBits) -> Picture:
     special: Pixels | None = None  # pixels that Pillow would not read faithfully
     if data.startswith(_PNG_MAGIC):
         chunks = list(_png_chunks(data))
         _check_area(*struct.unpack(">II", chunks[0][1][:8]))
         special = _png_pixels(chunks)
     elif data.startswith(_TIFF_MAGIC):
-        special, layout_only = _tiff_pixels(data, where)
-        if special is not None and layout_only:  # Pillow cannot open it, not even for metadata
-            return Picture(special)
+        special = _tiff_pixels(data, where)
+        if special is not None:  # Pillow does not open all of these, not even for metadata
+            orientation, exif, icc = _tiff_metadata(data)
+            return Picture(_oriented(special, orientation), icc, exif)
+    Image.init()  # `formats` may only name plugins that are loaded
     image = Image.open(io.BytesIO(data), formats=_FORMATS)
     if special is None:
-        return _from_pil(image, where, float_as)
+        return _from_pil(image, where, float_bits)
     orientation, exif = _read_exif(image)
     icc = image.info.get("icc_profile") or None
     return Picture(_oriented(special, orientation), icc, exif)
@@ -637,8 +656,8 @@ def _opencv(data: bytes) -> Pixels:
     return pixels
 
 
-def _tiff_pixels(data: bytes, where: str) -> tuple[Pixels | None, bool]:
-    """Return the pixels of the first page if they are 16-bit, and whether Pillow cannot open it."""
+def _tiff_pixels(data: bytes, where: str) -> Pixels | None:
+    """Return the pixels of the first page if they are 16-bit; else None."""
     import tifffile
 
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
@@ -648,7 +667,7 @@ def _tiff_pixels(data: bytes, where: str) -> tuple[Pixels | None, bool]:
         if any(offset + count > len(data) for offset, count in ends):
             raise ValueError("the file ends too early")  # tifffile would fill in zeros
         if page.bitspersample <= 8 or page.dtype == np.float32:
-            return None, False
+            return None
         samples = page.samplesperpixel
         layout = (page.photometric.name, samples - len(page.extrasamples))
         if page.dtype != np.uint16 or page.bitspersample != 16 or samples > 4:
@@ -667,8 +686,8 @@ def _tiff_pixels(data: bytes, where: str) -> tuple[Pixels | None, bool]:
             if pixels.dtype != np.uint16 or pixels.shape[2:] != ((samples,) if samples > 1 else ()):
                 raise
         else:
-            pixels = pixels.reshape(page.shaped[1:])  # (separate, depth, h, w, contiguous)
-            pixels = np.moveaxis(pixels[:, 0], 0, -2).reshape(*pixels.shape[2:4], samples)
+            planes = pixels.reshape(page.shaped)[:, 0]  # (planes, h, w, samples of a plane)
+            pixels = np.moveaxis(planes, 0, 2).reshape(*planes.shape[1:3], samples)
             pixels = pixels[..., 0] if samples == 1 else pixels
             if page.photometric.name == "MINISWHITE":
                 pixels = 65535 - pixels
@@ -677,12 +696,12 @@ def _tiff_pixels(data: bytes, where: str) -> tuple[Pixels | None, bool]:
             pixels = _unpremultiplied(pixels)
         elif kinds and kinds != [2]:  # not alpha
             pixels = pixels[..., 0] if layout[1] == 1 else pixels[..., :3]
-        return pixels, samples == 2
+        return pixels
 
 
 def _unpremultiplied(pixels: Pixels) -> Pixels:
     alpha = pixels[..., -1:].astype(np.float64)
-    colour = pixels[..., :-1] * 65535 / np.where(alpha > 0, alpha, 1)
+    colour = pixels[..., :-1].astype(np.float64) * 65535 / np.where(alpha > 0, alpha, 1)
     return np.dstack([np.minimum(colour, 65535).round().astype(np.uint16), pixels[..., -1:]])
 
 
