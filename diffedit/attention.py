@@ -42,7 +42,8 @@ class QKV:
         q: queries ``(rows, heads, tokens, d)``.
         k: keys ``(rows, heads, keys, d)``; in self-attention the first `tokens` are the row's own.
         v: values ``(rows, heads, keys, d)``.
-        bias: added to the scores, broadcastable to ``(rows, heads, tokens, keys)``; -inf hides a key.
+        bias: added to the scores, broadcastable to
+            ``(rows, heads, tokens, keys)``; -inf hides a key.
     """
 
     q: Tensor
@@ -73,7 +74,8 @@ def _broadcast_but_last(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 class Transform(Protocol):
     """Changes what goes into one attention."""
 
-    def __call__(self, qkv: QKV, site: Site) -> QKV: ...
+    def __call__(self, qkv: QKV, site: Site) -> QKV:
+        """Return what attention is to use instead."""
 
 
 class Processor:
@@ -95,6 +97,7 @@ class Processor:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
+        """Attend, as a diffusers attention module asks its processor to."""
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -120,7 +123,7 @@ class Processor:
                 context = attn.norm_encoder_hidden_states(context)
 
         def heads(x: Tensor) -> Tensor:  # (rows, tokens, heads*d) -> (rows, heads, tokens, d)
-            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            return cast(Tensor, x.unflatten(-1, (attn.heads, -1))).transpose(1, 2)
 
         q = heads(attn.to_q(hidden_states))
         k, v = heads(attn.to_k(context)), heads(attn.to_v(context))

@@ -80,7 +80,7 @@ def exact_frame(image: tuple[int, int], grid: int) -> Frame:
     """The whole image as it is, for comparisons with pipelines that know no regions."""
     if image[0] % grid or image[1] % grid:
         raise InputError(
-            f"compat mode needs an image whose sides are multiples of {grid}, got {image[0]}x{image[1]}"
+            f"compat mode needs sides that are multiples of {grid}, got {image[0]}x{image[1]}"
         )
     return Frame(Box(0, 0, *image), image, image)
 
@@ -135,7 +135,7 @@ class Canvas:
         return replace(self, frame=where)
 
     def to_work(self, full: Tensor) -> Tensor:
-        """Map ``(n, c, H, W)`` over the full image to working coordinates, padding with the edge."""
+        """Map ``(n, c, H, W)`` over the full image to the working region, padded with the edge."""
         return self._pad(self._resize(self._crop(full), self.frame.content), "replicate")
 
     def hint(self, picture: Picture) -> Tensor:
@@ -149,7 +149,7 @@ class Canvas:
         return self.to_work(torch.from_numpy(picture.rgb()).permute(2, 0, 1)[None].contiguous())
 
     def mask_to_work(self, mask: Tensor) -> Tensor:
-        """Map a mask ``(n, 1, H, W)`` to working pixels by maximum, so that thin strokes survive."""
+        """Map a mask ``(n, 1, H, W)`` to working pixels by maximum: thin strokes survive."""
         crop = self._crop(mask)
         width, height = self.frame.content
         if crop.shape[-2:] != (height, width):

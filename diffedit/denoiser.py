@@ -137,21 +137,26 @@ class Denoiser:
             made = self.guard.call(
                 part.owner, "residuals", part.value, only, call, lent=(only.latents, x.latents)
             )
-            if not isinstance(made, Residuals) or any(len(p) != len(canvas) for p in made.places):
-                raise PluginError(part.owner, f"residuals must be Residuals of {len(canvas)} rows")
+            self._check_residuals(part.owner, made, len(canvas))
             total = made if total is None else total + made
         assert total is not None
         return replace(x, residuals=total.spread(canvas, len(self.rows)))
+
+    @staticmethod
+    def _check_residuals(owner: str, made: object, rows: int) -> None:
+        if not isinstance(made, Residuals) or any(len(place) != rows for place in made.places):
+            raise PluginError(owner, f"residuals must be Residuals of {rows} rows")
 
     def _predict(self, x: ModelInput) -> Tensor:
         try:
             return self.model.predict(x)
         except RuntimeError as error:
-            foreign = [*self.merged.residuals, *self.merged.attention]
+            foreign = [p.owner for p in self.merged.residuals]
+            foreign += [p.owner for p in self.merged.attention]
             if isinstance(error, torch.OutOfMemoryError) or not foreign:
                 raise
             said = str(error).splitlines()[0]
-            owners = ", ".join(dict.fromkeys(part.owner for part in foreign))
+            owners = ", ".join(dict.fromkeys(foreign))
             raise PluginError(
                 owners, f"the denoiser cannot use what was contributed: {said}"
             ) from error

@@ -304,8 +304,8 @@ class Contribution:
         branches: further predictions of the canvas. Union by name.
         rows: references sampled beside the canvas. Union by name.
         terms: guidance terms. Summed.
-        combine: ``(predictions by name, step index) -> prediction``. Exclusive; default: classifier-free
-            guidance.
+        combine: ``(predictions by name, step index) -> prediction``. Exclusive; default:
+            classifier-free guidance.
         residuals: ``(model input, step index) -> Residuals``. Summed. Sees the canvas's rows only.
         attention: ``(qkv, site) -> qkv``. Chained.
         patches: changes to the model, undone when the pass ends, however it ends. In order.
@@ -339,7 +339,7 @@ class Contribution:
 
 @dataclass(frozen=True)
 class Merged:
-    """The contributions of a pass, merged. Fields as in `Contribution`, each part with its owner."""
+    """The contributions of a pass, merged: the same fields, each part with its owner."""
 
     start: Owned[Start] | None
     mask: Tensor | None
@@ -438,8 +438,8 @@ def _ordered(name: str, owned: Sequence[tuple[Edit, Owned[Any]]]) -> None:
         for earlier, other in owned[:position]:
             if type(earlier) is type(edit) and not _follows(edit, earlier, [e for e, _ in owned]):
                 raise ConflictError(
-                    f"{other.owner!r} and {one.owner!r} both set {name!r}, whose parts act one after"
-                    " another: give one an id and name it in the other's 'after'"
+                    f"{other.owner!r} and {one.owner!r} both set {name!r}, whose parts act one"
+                    " after another: give one an id and name it in the other's 'after'"
                 )
 
 

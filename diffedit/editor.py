@@ -1,4 +1,4 @@
-"""The user's object: a model, plugins and what has been loaded for them; runs passes on pictures."""
+"""The user's object: a model and plugins; runs passes on pictures."""
 
 from __future__ import annotations
 
@@ -243,6 +243,6 @@ def _seeds(seed: int | Sequence[int]) -> tuple[int, ...]:
     if not seeds:
         raise InputError("no seed given: one per picture")
     for one in seeds:
-        if not isinstance(one, int) or not 0 <= one < 2**63:
+        if type(one) is not int or not 0 <= one < 2**63:
             raise InputError(f"seed {one!r}: needs a whole number from 0 to 2**63 - 1")
     return seeds

@@ -1,8 +1,8 @@
 """The hooks a plugin may implement.
 
 A plugin is a module named by an entry point of the group ``diffedit``. It implements any of these
-functions, marked with ``diffedit.hookimpl``; pluggy checks their arguments when the plugin is loaded.
-Hooks that return lists are called once. The order in which plugins are called means nothing: what
+functions, marked with ``diffedit.hookimpl``; pluggy checks their arguments when it is loaded. Hooks
+that return lists are called once. The order in which plugins are called means nothing: what
 acts on a picture, and in which order, is decided by `diffedit.edit.canonical`.
 """
 

@@ -38,7 +38,7 @@ class Handover:
 
     Attributes:
         canvas: the picture so far.
-        latents: of the working region, ``(b, c, h, w)``; None when the pixels say more than they do.
+        latents: of the working region, ``(b, c, h, w)``; None when the pixels say more.
         mask: the pass's mask over the full image.
     """
 
@@ -207,7 +207,8 @@ class _Plan:
     def _check_capabilities(self) -> None:
         needs = {
             "control": [part.owner for part in self.merged.residuals],
-            "shared_attention": [p.owner for p in (*self.merged.attention, *self.merged.rows)],
+            "shared_attention": [p.owner for p in self.merged.attention]
+            + [p.owner for p in self.merged.rows],
             "tokens": [part.owner for part in self.merged.tokens],
         }
         needs |= {
@@ -220,7 +221,7 @@ class _Plan:
             if owners and capability not in self.model.capabilities:
                 raise CapabilityError(
                     f"{', '.join(dict.fromkeys(owners))}: this model cannot carry it, it has no"
-                    f" {capability} (it has: {', '.join(sorted(self.model.capabilities)) or 'none'})"
+                    f" {capability} (it has: {', '.join(sorted(self.model.capabilities)) or '-'})"
                 )
         if self.canvas.source is None and not self.canvas.touched.any():
             asks = [
@@ -254,8 +255,8 @@ class _Plan:
         channels = self._channels()
         references = [self._reference(part) for part in self.merged.rows]
         self._lap("encode")
-        for part in self.merged.prepare:
-            steps = self.guard.call(part.owner, "prepare", part.value, self.run)
+        for one in self.merged.prepare:
+            steps = self.guard.call(one.owner, "prepare", one.value, self.run)
             if isinstance(steps, Iterator):
                 yield from steps
         denoise = Denoiser(
@@ -328,11 +329,10 @@ class _Plan:
         if start is not None:
             clean = self._start(start, source).to(noise)
             noised = self.schedule.add_noise(clean, noise, 0)
-            at_once = start.value.at >= 1 and cells is not None
-            if not at_once:
+            if start.value.at < 1 or cells is None:
                 latents = noised
             elif not self.setting.compat:  # pure noise where the picture changes freely
-                latents = torch.where(cells > 0, latents, noised)  # type: ignore[operator]
+                latents = torch.where(cells > 0, latents, noised)
         if not keeps:
             return latents, None
         assert source is not None

@@ -36,7 +36,8 @@ class Named(Protocol):
     """Something a plugin registers under a name."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What it is registered under."""
 
 
 N = TypeVar("N", bound=Named)
@@ -171,7 +172,7 @@ class Plugins:
             ("family", families, self._families),
         ):
             for one in given:
-                into[one.name] = one  # type: ignore[index]
+                into[one.name] = one
                 self._owners[kind, one.name] = name
 
     def owner(self, kind: str, name: str) -> str:

@@ -66,7 +66,7 @@ class Result:
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        """What made the result, JSON-ready: versions, model, workflow, seeds, passes as they ran."""
+        """What made the result, JSON-ready: versions, model, workflow, seeds, passes as run."""
         import diffusers
         import torch
 

@@ -42,7 +42,7 @@ class RowMap:
         ]
 
     def beside(self, reference: str) -> list[int]:
-        """For every row, the index of the row that shows `reference` in the same branch and item."""
+        """For every row, which row shows `reference` in the same branch and item."""
         at = {(k.branch, k.item): i for i, k in enumerate(self.keys) if k.reference == reference}
         return [at[key.branch, key.item] for key in self.keys]
 

@@ -37,7 +37,7 @@ def load(
     """Load a model.
 
     Args:
-        source: "tiny" (the embedded model), a diffusers folder, a ``.safetensors`` file, or a hub id.
+        source: "tiny" (embedded), a diffusers folder, a ``.safetensors`` file, or a hub id.
         families: what can be loaded, by name.
         device: "cpu", "cuda", "mps"; None: the first accelerator there is, else the CPU.
         dtype: "float32", "float16", "bfloat16"; None: float32 on the CPU, float16 on an
@@ -57,8 +57,8 @@ def load(
     family = next((f for f in families.values() if f.recognises(config)), None)
     if family is None:
         raise ModelError(
-            f"{source}: {config.get('_class_name', 'this checkpoint')} is of no family that diffedit"
-            f" knows (it knows: {', '.join(sorted(families))})"
+            f"{source}: {config.get('_class_name', 'this checkpoint')} is of no family that"
+            f" diffedit knows (it knows: {', '.join(sorted(families))})"
         )
     on = _device(device)
     kind = _dtype(dtype) or (torch.float32 if on.type == "cpu" else torch.float16)
@@ -185,7 +185,7 @@ def inspect(source: str | os.PathLike[str]) -> dict[str, Any]:
         settings = json.loads(part.read_text("utf-8"))
         keep = {k: v for k, v in settings.items() if isinstance(v, str | int | float | bool)}
         found[part.parent.name] = {k: v for k, v in keep.items() if not k.startswith("_")}
-    weights = [file for file in where.rglob("*.safetensors")]
+    weights = list(where.rglob("*.safetensors"))
     found["bytes"] = sum(file.stat().st_size for file in weights)
     found["files"] = sorted(str(file.relative_to(where)) for file in weights)
     return found

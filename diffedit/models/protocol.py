@@ -1,8 +1,8 @@
 """What a model family must be able to do, and the records that pass between it and the core.
 
 Everything outside `diffedit.models` speaks in these terms; nothing outside asks which family a
-model belongs to. Latents are ``(b, c, h, w)`` on this side of the protocol; a family that packs them
-into tokens does so inside `LatentModel.predict`.
+model belongs to. Latents are ``(b, c, h, w)`` on this side of the protocol; a family that packs
+them into tokens does so inside `LatentModel.predict`.
 """
 
 from __future__ import annotations
@@ -114,18 +114,24 @@ class LatentModel(Protocol):
         grid: pixels per latent cell along one side; working sizes are multiples of it.
         sides: the smallest and the largest side, in pixels, of a working region.
         channels: channels of a latent.
-        info: name, family, sizes, licence and the like, for people to read.
     """
 
     capabilities: frozenset[str]
     grid: int
     sides: tuple[int, int]
     channels: int
-    device: torch.device
-    dtype: torch.dtype
 
     @property
-    def info(self) -> Mapping[str, Any]: ...
+    def info(self) -> Mapping[str, Any]:
+        """Name, family, sizes and the like, for people to read."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser computes."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the denoiser computes in."""
 
     def embed(self, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
         """Embed prompts, one row each; `size` is the working (width, height) in pixels."""
@@ -148,7 +154,7 @@ class LatentModel(Protocol):
         """Load a control network from a folder or hub id; None: the model's own for `kind`."""
 
     def control(self, net: Any, x: ModelInput, hint: Tensor, weight: float) -> Residuals:
-        """Run a control network on the rows of `x`; `hint` is ``(1 or rows, 3, H, W)`` in [0, 1]."""
+        """Run a control network on `x`; `hint` is ``(1 or rows, 3, H, W)`` in [0, 1]."""
 
     def attending(self, transform: Transform) -> AbstractContextManager[None]:
         """While inside, every attention of the denoiser goes through `transform`."""

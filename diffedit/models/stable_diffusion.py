@@ -129,7 +129,7 @@ class StableDiffusion:
         latents = _with_one(self.encode(pixels).float())  # (1, c + 1, h, w)
         means = F.avg_pool2d(pixels, self.grid).to(latents)  # (1, 3, h, w)
         a, b = latents.flatten(2)[0].T, means.flatten(2)[0].T
-        return torch.linalg.lstsq(a.cpu(), b.cpu()).solution.to(latents.device)
+        return cast(Tensor, torch.linalg.lstsq(a.cpu(), b.cpu()).solution.to(latents.device))
 
     def schedule(
         self, name: str | None, steps: int, at: float = 1.0, *, compat: bool = False

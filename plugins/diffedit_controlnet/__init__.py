@@ -1,6 +1,7 @@
 """ControlNet: the picture follows a hint, such as edges, depth or a pose.
 
-Zhang et al. 2023, "Adding Conditional Control to Text-to-Image Diffusion Models" (arXiv:2302.05543).
+Zhang et al. 2023, "Adding Conditional Control to Text-to-Image Diffusion Models"
+(arXiv:2302.05543).
 """
 
 from __future__ import annotations

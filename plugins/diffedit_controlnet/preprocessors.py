@@ -45,7 +45,7 @@ def canny(pixels: Pixels8, low: int = 100, high: int = 200) -> Pixels8:
     import numpy as np
 
     edges = cv2.Canny(np.ascontiguousarray(pixels), low, high)
-    return np.repeat(edges[..., None], 3, axis=2)  # type: ignore[return-value]
+    return np.repeat(edges[..., None], 3, axis=2)
 
 
 def _detector(name: str, weights: str | None) -> Callable[[Pixels8], Pixels8]:
@@ -60,7 +60,7 @@ def _detector(name: str, weights: str | None) -> Callable[[Pixels8], Pixels8]:
     except Exception as error:
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise errors.ModelError(
-            f"preprocessor {name!r}: its weights cannot be loaded from {weights or usual!r} ({said});"
+            f"preprocessor {name!r}: no weights to load from {weights or usual!r} ({said});"
             " give a folder that holds them (controlnet: weights)"
         ) from error
 

@@ -50,7 +50,7 @@ class Inpaint(Edit):
         import torch
 
         alpha = feathered(self._fitting(run.canvas.image_size), 0 if run.compat else self.feather)
-        return Contribution(mask=torch.from_numpy(alpha)[None, None])
+        return Contribution(mask=torch.tensor(alpha)[None, None])
 
     def _fitting(self, size: tuple[int, int]) -> npt.NDArray[np.float32]:
         mask = self.mask.mask
