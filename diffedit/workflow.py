@@ -332,7 +332,7 @@ class Workflow(BaseModel, frozen=True, extra="forbid"):
     # -- writing -------------------------------------------------------------------------------
 
     def to_yaml(self, *, base: PathLike | None = None, store: PathLike | None = None) -> str:
-        """The workflow as YAML, without the parameters that nobody set and that have their defaults.
+        """The workflow as YAML, without parameters that nobody set and that have their defaults.
 
         Args:
             base: image paths below this folder are written relative to it.

@@ -1,0 +1,104 @@
+"""What can be said about a job before its model is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffedit.errors import ImageError, InputError, OutputError, SchedulerError, nearest
+
+if TYPE_CHECKING:
+    from diffedit.images import Picture
+    from diffedit.workflow import Workflow
+
+_SUFFIXES = (".png", ".tif", ".tiff", ".webp", ".bmp", ".jpg", ".jpeg")
+
+
+def targets(output: Path, seeds: Sequence[int]) -> list[Path]:
+    """The files that will be written: one per seed, numbered where there are several."""
+    if len(seeds) == 1:
+        return [output]
+    return [output.with_stem(f"{output.stem}-{seed}") for seed in seeds]
+
+
+def check_output(
+    output: Path, seeds: Sequence[int], inputs: Iterable[Path], overwrite: bool
+) -> None:
+    """Refuse a place that cannot or must not be written to.
+
+    Raises:
+        OutputError: one line that names another way.
+    """
+    if len(set(seeds)) != len(seeds):
+        raise OutputError("a seed stands twice, and each makes a file of its own: give it once")
+    known = list(inputs)
+    for path in targets(output, seeds):
+        if path.suffix.lower() not in _SUFFIXES:
+            what = f"the suffix {path.suffix!r}" if path.suffix else "no suffix"
+            raise OutputError(
+                f"-o {path}: {what} names no format, should be .png, .tif, .webp, .bmp or .jpg"
+            )
+        if not path.parent.is_dir():
+            raise OutputError(
+                f"-o {path}: the folder {path.parent} does not exist, create it first"
+            )
+        if path.is_dir():
+            raise OutputError(f"-o {path} is a folder, should be a file such as {path / 'out.png'}")
+        for source in known:
+            if path.exists() and source.exists() and path.samefile(source):
+                raise OutputError(
+                    f"-o {path} is the input {source}, which is never written to:"
+                    " name another output"
+                )
+        if not overwrite and os.path.lexists(path):
+            raise OutputError(f"-o {path} exists: name another output, or add --overwrite")
+        if not os.access(path.parent, os.W_OK):
+            raise OutputError(f"-o {path}: the folder {path.parent} cannot be written to")
+
+
+def open_image(image: Path) -> Picture:
+    """The decoded picture.
+
+    Raises:
+        ImageError: nothing there, not an image, or damaged.
+    """
+    from diffedit.images import open_picture
+
+    if not image.exists():
+        raise ImageError(f"{image} does not exist, should be the image to edit")
+    return open_picture(image)
+
+
+def check_workflow(workflow: Workflow, picture: Picture | None) -> None:
+    """Ask everything that needs no model: images open, masks fit, schedulers are known.
+
+    Raises:
+        InputError: what does not fit.
+    """
+    for number, one in enumerate(workflow.passes):
+        for edit in one.edits:
+            for _, value in edit:
+                if hasattr(value, "picture"):
+                    _ = value.digest  # decodes; a damaged file is told here
+            if picture is not None:
+                _check_region(edit, picture)
+        if one.scheduler is not None:
+            from diffedit.schedulers import SCHEDULERS
+
+            if one.scheduler not in SCHEDULERS:
+                raise SchedulerError(
+                    f"passes.{number}.scheduler: no scheduler {one.scheduler!r}"
+                    f"{nearest(one.scheduler, SCHEDULERS)}"
+                )
+
+
+def _check_region(edit: object, picture: Picture) -> None:
+    """An edit's region is pure geometry, so a mask of another size is told at once."""
+    try:
+        edit.region(picture)  # type: ignore[attr-defined]
+    except InputError:
+        raise
+    except Exception:  # the core asks again, and names the plugin
+        return
