@@ -7,6 +7,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ import pytest
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageFile, ImageOps
 
 from diffedit.errors import ImageError, MaskError, OutputError
 from diffedit.images import Picture, encode_png, open_picture, read_mask, save_picture
@@ -166,6 +167,14 @@ def test_premultiplied_tiff_alpha_is_divided_out() -> None:
     pixels = np.array([[[0, 0, 0, 0], [10000, 20000, 30000, 40000]]], np.uint16)
     opened = open_picture(deep_tiff(pixels, extrasamples=["assocalpha"])).pixels
     np.testing.assert_array_equal(opened, [[[0, 0, 0, 0], [16384, 32768, 49151, 40000]]])
+
+
+def test_tiff_channels_that_are_not_alpha_are_left_out() -> None:
+    for channels in (2, 4):
+        pixels = noise(channels, np.uint16)
+        opened = open_picture(deep_tiff(pixels, extrasamples=["unspecified"])).pixels
+        colours = pixels[..., 0] if channels == 2 else pixels[..., :3]
+        np.testing.assert_array_equal(opened, colours)
 
 
 def test_unsupported_tiff_says_so() -> None:
@@ -379,6 +388,23 @@ def test_truncated_files(kind: str, left: float, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_missing_strips_are_not_filled_with_black() -> None:
+    data = SAMPLES["tiff16-zlib"]
+    with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+        page: Any = tiff.pages[0]
+        last_strip = page.dataoffsets[-1]
+    with pytest.raises(ImageError, match="truncated"):
+        open_picture(data[:last_strip])
+
+
+def test_a_truncation_that_is_only_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        ImageFile.ImageFile, "load", lambda self: warnings.warn("Truncated File Read", stacklevel=1)
+    )
+    with pytest.raises(ImageError, match="truncated"):
+        open_picture(SAMPLES["bmp"])
+
+
 def test_damaged_png_is_not_guessed(tmp_path: Path) -> None:
     for kind in ("png", "png16"):
         data = bytearray(SAMPLES[kind])
@@ -415,6 +441,15 @@ def test_decompression_bomb(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         open_picture(SAMPLES[kind])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 41 * 40 // 2 + 1)  # large, but not a bomb
     assert open_picture(SAMPLES[kind]).size == (41, 40)
+
+
+def test_a_bomb_is_refused_before_it_is_decoded() -> None:
+    row = b"\0" * 6
+    data = bytearray(raw_png([row], 1, 16, 2))
+    data[16:24] = struct.pack(">II", 60000, 60000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    with pytest.raises(ImageError, match="too large"):
+        open_picture(bytes(data))
 
 
 # -- EXIF and ICC ------------------------------------------------------------------------------
@@ -694,6 +729,13 @@ def test_other_lossless_formats(
     assert not caplog.records
 
 
+def test_webp_keeps_the_colour_of_transparent_pixels(tmp_path: Path) -> None:
+    pixels = noise(4)
+    pixels[:7, :, 3] = 0
+    again = open_picture(save_picture(Picture(pixels), tmp_path / "o.webp"))
+    np.testing.assert_array_equal(again.pixels, pixels)
+
+
 def test_grey_webp_keeps_its_values(tmp_path: Path) -> None:
     again = open_picture(save_picture(Picture(noise(1)), tmp_path / "o.webp"))
     np.testing.assert_array_equal(again.pixels, np.repeat(noise(1)[..., None], 3, 2))
@@ -766,6 +808,20 @@ def test_overwrite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert path.read_bytes() == before
     save_picture(Picture(noise(3)), path)
     assert open_picture(path).digest == Picture(noise(3)).digest
+    assert [file.name for file in tmp_path.iterdir()] == ["o.png"]
+
+
+def test_overwrite_where_there_are_no_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", fail)
+    path = save_picture(Picture(noise(1)), tmp_path / "o.png", overwrite=False)
+    with pytest.raises(OutputError, match="exists"):
+        save_picture(Picture(noise(3)), path, overwrite=False)
+    assert open_picture(path).digest == Picture(noise(1)).digest
     assert [file.name for file in tmp_path.iterdir()] == ["o.png"]
 
 
