@@ -1,0 +1,92 @@
+"""From trained modules to the diffusers folder that ships."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from diffedit.training.denoiser import build_scheduler
+from diffedit.training.text import save_tokenizer
+
+SHARD = "15MB"
+"""Largest weight file: hosts of repositories dislike bigger ones."""
+
+
+@torch.no_grad()
+def fold_statistics(vae: AutoencoderKL, moments: Tensor) -> None:
+    """Give the latents mean 0 and standard deviation 1 per channel, inside ``vae``'s own weights.
+
+    ``moments`` are the encoder's output for a sample of pictures, (n, 8, h, w): means and
+    log-variances. ``quant_conv`` then subtracts and divides, ``post_quant_conv`` undoes it, and
+    ``scaling_factor`` is 1, which every pipeline understands.
+    """
+    means = moments[:, :4]
+    mean, std = means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3))
+    into, back = vae.quant_conv, vae.post_quant_conv
+    into.bias[:4] = (into.bias[:4] - mean) / std
+    into.weight[:4] /= std.view(-1, 1, 1, 1)
+    into.bias[4:] -= 2 * std.log()
+    back.bias += (back.weight * mean.view(1, -1, 1, 1)).sum(dim=(1, 2, 3))
+    back.weight *= std.view(1, -1, 1, 1)
+
+
+def export(
+    folder: Path,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+    *,
+    side: int,
+) -> None:
+    """Write a Stable Diffusion folder in fp16 safetensors, native size ``side`` pixels.
+
+    ``folder`` is replaced as a whole and is never seen half written. A model card that stands in it
+    is kept. The modules given are left in fp16.
+    """
+    unet.register_to_config(sample_size=side // 8)
+    vae.register_to_config(sample_size=side)
+    pipeline = StableDiffusionPipeline(
+        vae=vae.half(),
+        text_encoder=text_encoder.half(),
+        tokenizer=tokenizer,
+        unet=unet.half(),
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        made = Path(scratch) / "made"
+        pipeline.save_pretrained(made, safe_serialization=True, max_shard_size=SHARD)
+        save_tokenizer(tokenizer, made / "tokenizer")
+        _say_float32(made / "text_encoder" / "config.json")
+        for file in made.rglob("*.safetensors"):
+            file.chmod(0o644)
+        card = folder / "README.md"
+        if card.exists():
+            shutil.copy2(card, made / "README.md")
+        if folder.exists():
+            os.replace(folder, Path(scratch) / "old")
+        os.replace(made, folder)
+
+
+def _say_float32(config: Path) -> None:
+    """Have transformers load these fp16 weights in fp32, as diffusers does with the others.
+
+    transformers takes the dtype of the file unless the configuration names one; a pipeline loaded
+    without ``torch_dtype`` would then be half fp16 and half fp32, and fail.
+    """
+    values = json.loads(config.read_text("utf-8"))
+    values.pop("torch_dtype", None)
+    values["dtype"] = "float32"
+    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", "utf-8")

@@ -1,0 +1,116 @@
+"""Drawn worlds as latents: chunks of scenes, encoded once, when training first asks for them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from diffedit.training.autoencoder import to_tensor
+from diffedit.training.scenes import Mix, draw_scene, render
+from diffedit.training.text import tokenise
+from diffedit.training.threads import CORES, one_core_threads
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """How a world grows while it is trained on, so that training begins before all is drawn.
+
+    ``first`` chunks of ``size`` scenes, one more every ``steps`` steps, ``most`` at last.
+    """
+
+    size: int = 2048
+    first: int = 2
+    steps: int = 160
+    most: int = 20
+
+    def chunks(self, step: int) -> int:
+        """How many chunks there are ``step`` steps after the world came in."""
+        return min(self.most, self.first + step // self.steps)
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """One kind of training data: a name (also of its folder), a mix of scenes, a side in pixels."""
+
+    name: str
+    mix: Mix
+    side: int
+
+
+def encode(vae: AutoencoderKL, pixels: Tensor, batch: int = 32) -> Tensor:
+    """(n, 3, h, w) in [-1, 1] -> (n, 4, h/8, w/8) float32 on the CPU: the posterior's mean."""
+    device = next(vae.parameters()).device
+
+    @torch.no_grad()
+    def encode_part(part: Tensor) -> Tensor:
+        part = part.to(device, memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+            return vae.encode(part).latent_dist.mode().float().cpu()
+
+    with one_core_threads(CORES if device.type == "cpu" else 1) as workers:
+        return torch.cat(list(workers.map(encode_part, pixels.split(batch))))
+
+
+class LatentPool:
+    """Chunks of (latents, token ids) of a world, kept on disk so that a resumed run finds them.
+
+    Chunk ``c`` holds the scenes ``c·size … (c+1)·size - 1`` of the world's seed: what it contains
+    does not depend on when it is drawn.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        vae: AutoencoderKL,
+        tokenizer: CLIPTokenizer,
+        world: World,
+        seed: int,
+        size: int,
+    ) -> None:
+        self.folder, self.vae, self.tokenizer = folder / world.name, vae, tokenizer
+        self.world, self.seed, self.size = world, seed, size
+        self.chunk: Callable[[int], tuple[Tensor, Tensor]] = lru_cache(None)(self._chunk)
+
+    def batch(self, size: int, chunks: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A random batch of the first ``chunks`` chunks: latents (n, 4, h, w), ids (n, LENGTH)."""
+        places = torch.randint(chunks * self.size, (size,), generator=generator).tolist()
+        found = [(self.chunk(place // self.size), place % self.size) for place in places]
+        latents = torch.stack([chunk[0][row] for chunk, row in found]).float()
+        return latents, torch.stack([chunk[1][row] for chunk, row in found]).long()
+
+    def _chunk(self, number: int) -> tuple[Tensor, Tensor]:
+        path = self.folder / f"{number:04d}.npz"
+        if not path.exists():
+            scenes = [
+                draw_scene(self.seed, number * self.size + i, self.world.mix)
+                for i in range(self.size)
+            ]
+            log.info("drawing and encoding chunk %d of %s", number, self.world.name)
+            parts = []
+            for start in range(0, self.size, 512):
+                images = [render(s, self.world.side).image for s in scenes[start : start + 512]]
+                parts.append(encode(self.vae, to_tensor(np.stack(images))))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_suffix(".part.npz")
+            np.savez(
+                unfinished,
+                latents=torch.cat(parts).half().numpy(),
+                tokens=tokenise(self.tokenizer, [s.caption for s in scenes])
+                .to(torch.int16)
+                .numpy(),
+            )
+            os.replace(unfinished, path)
+        stored = np.load(path)
+        return torch.from_numpy(stored["latents"]), torch.from_numpy(stored["tokens"])

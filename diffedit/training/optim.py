@@ -1,0 +1,97 @@
+"""Muon for matrices and convolution kernels, AdamW for everything else, one learning-rate shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
+
+    ``torch.optim.Muon`` takes matrices only; this one flattens a kernel (out, in, h, w) to
+    (out, in·h·w). The update is scaled by 0.2·sqrt(max(rows, columns)), which gives it AdamW's
+    root mean square, so that learning rates carry over (Liu et al. 2025, arXiv:2502.16982).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float = 2e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update; matrices of one shape are orthogonalised together."""
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = {}
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                if not state:
+                    state["momentum"] = torch.zeros_like(param)
+                buffer: Tensor = state["momentum"]
+                buffer.lerp_(param.grad, 1 - group["momentum"])
+                nesterov = param.grad.lerp(buffer, group["momentum"])
+                matrix = nesterov.reshape(len(param), -1)
+                by_shape.setdefault(matrix.shape, []).append((param, matrix))
+            for shape, members in by_shape.items():
+                updates = orthogonalise(torch.stack([matrix for _, matrix in members]))
+                scale = 0.2 * max(shape) ** 0.5
+                for (param, _), update in zip(members, updates, strict=True):
+                    param.mul_(1 - group["lr"] * group["weight_decay"])
+                    param.add_(update.reshape(param.shape), alpha=-group["lr"] * scale)
+
+
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrices, roughly: (n, rows, columns) -> the same, float32.
+
+    Newton-Schulz with the quintic coefficients of Jordan et al.; singular values end in about
+    [0.7, 1.2]. Works in bfloat16, for which it was made.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).float()
+
+
+def optimizers(
+    modules: Iterable[nn.Module], muon_lr: float, adam_lr: float
+) -> list[torch.optim.Optimizer]:
+    """Muon over all hidden weights of two or more dimensions, AdamW over the rest.
+
+    Embeddings and a model's first and last layers (three or four channels wide) are no hidden
+    matrices: their rows are features of their own, so AdamW takes them.
+    """
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for module in modules:
+        embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+        for param in module.parameters():
+            hidden = param.ndim >= 2 and min(len(param), param.shape[1]) >= 8
+            (matrices if hidden and id(param) not in embeddings else others).append(param)
+    return [
+        Muon(matrices, lr=muon_lr),
+        torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def lr_factor(step: int, steps: int, warmup: int = 40, decay: float = 0.25) -> float:
+    """Warm-up, plateau, straight line to zero over the last ``decay`` share of the run.
+
+    A run may be lengthened while it stands on the plateau without having been in vain.
+    """
+    rise = min(1.0, (step + 1) / warmup)
+    fall = min(1.0, (steps - step) / max(1.0, decay * steps))
+    return rise * max(fall, 0.0)

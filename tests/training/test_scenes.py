@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import skimage.data
+
+from diffedit.training import backdrops
+from diffedit.training.cases import inpaintings, single_objects
+from diffedit.training.scenes import COLOURS, RICH, SIMPLE, Mix, draw_scene, render
+from diffedit.training.shapes import SHAPES
+
+
+@pytest.mark.parametrize("mix", [SIMPLE, RICH], ids=["simple", "rich"])
+def test_a_scene_depends_on_seed_and_index_only(mix: Mix) -> None:
+    first = [render(draw_scene(3, i, mix), 32) for i in range(12)]
+    again = [render(draw_scene(3, i, mix), 32) for i in reversed(range(12))][::-1]
+    for a, b in zip(first, again, strict=True):
+        assert a.scene == b.scene
+        assert np.array_equal(a.image, b.image)
+    assert draw_scene(4, 0, mix) != draw_scene(3, 0, mix)
+
+
+def test_labels_tell_what_is_drawn() -> None:
+    for index in range(40):
+        drawing = render(draw_scene(5, index, SIMPLE), 64)
+        assert drawing.image.shape == (64, 64, 3)
+        assert len(drawing.masks) == len(drawing.scene.things)
+        for thing, mask in zip(drawing.scene.things, drawing.masks, strict=True):
+            words = drawing.scene.caption.replace("grey", "gray").split()
+            assert {thing.shape, thing.colour} <= set(words)
+            assert 0 <= mask.min() <= mask.max() <= 1
+            if thing.texture == "plain" and drawing.scene.style == "flat" and mask.max() == 1:
+                inside = drawing.image[mask == 1].mean(axis=0)
+                assert np.abs(inside - np.array(thing.rgb)).max() < 2
+
+
+def test_one_scene_at_two_sizes_is_one_picture() -> None:
+    scene = draw_scene(6, 1, Mix(photo=0))
+    small, large = render(scene, 64), render(scene, 128)
+    halved = large.image.reshape(64, 2, 64, 2, 3).mean(axis=(1, 3))
+    assert np.abs(halved - small.image).mean() < 3
+
+
+def test_relations_hold() -> None:
+    told = 0
+    for index in range(60):
+        scene = draw_scene(7, index, Mix(pair=1.0))
+        if scene.relation is None or len(scene.things) < 2:
+            continue
+        a, b = scene.things
+        holds = {
+            "left of": a.x < b.x,
+            "right of": a.x > b.x,
+            "above": a.y < b.y,
+            "below": a.y > b.y,
+        }
+        assert holds[scene.relation], scene
+        told += 1
+    assert told > 20
+
+
+def test_the_photographs_kept_for_judging_are_never_opened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def forbidden() -> None:
+        raise AssertionError("a photograph kept for judging was opened")
+
+    for name in (*backdrops.KEPT_FOR_JUDGING, "cat"):
+        monkeypatch.setattr(skimage.data, name, forbidden)
+    backdrops.photographs.cache_clear()
+    assert len(backdrops.photographs()) >= 10
+
+
+def test_cases_are_balanced_and_seeded() -> None:
+    cases = single_objects(192)
+    assert cases == single_objects(192)
+    for shape in SHAPES:
+        assert sum(case.shape == shape for case in cases) == 24
+    for colour in COLOURS:
+        assert sum(case.colour == colour for case in cases) == 16
+    assert all(case.other not in (case.colour, case.background) for case in cases)
+    for source in ("drawn", "photos"):
+        items = inpaintings(8, source)
+        assert np.array_equal(items[3].image, inpaintings(8, source)[3].image)
+        assert all(0.1 < item.mask.mean() < 0.6 for item in items)

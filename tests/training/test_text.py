@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import CLIPTokenizer
+
+from diffedit.training.scenes import RICH, draw_scene
+from diffedit.training.text import LENGTH, build_text_encoder, build_tokenizer, tokenise
+
+
+def test_every_word_of_the_captions_is_one_token(tmp_path: Path) -> None:
+    captions = [draw_scene(0, i, RICH).caption for i in range(1500)]
+    tokenizer = build_tokenizer(captions, tmp_path)
+    for word in {word for caption in captions for word in caption.split()}:
+        assert tokenizer.tokenize(word) == [f"{word}</w>"]
+    assert len(tokenizer.tokenize("zebra")) > 1
+    loaded = CLIPTokenizer.from_pretrained(tmp_path)
+    assert loaded.model_max_length == LENGTH
+    assert loaded("A Red  circle").input_ids == tokenizer("a red circle").input_ids
+    assert (tmp_path / "vocab.json").exists()
+    assert (tmp_path / "merges.txt").exists()
+    ids = tokenise(tokenizer, ["a red circle", ""])
+    assert ids.shape == (2, LENGTH)
+    assert build_text_encoder(tokenizer)(ids).last_hidden_state.shape == (2, LENGTH, 128)
