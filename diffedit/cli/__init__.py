@@ -169,7 +169,8 @@ def _hushed(quiet: bool) -> Iterator[list[str]]:
 
     class Collect(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            notes.append(record.getMessage())
+            if record.getMessage() not in notes:
+                notes.append(record.getMessage())
 
     handler: logging.Handler = Collect(logging.WARNING) if quiet else logging.StreamHandler()
     logger = logging.getLogger("diffedit")

@@ -35,6 +35,8 @@ def check_output(
         raise OutputError("a seed stands twice, and each makes a file of its own: give it once")
     known = list(inputs)
     for path in targets(output, seeds):
+        if path.is_dir():
+            raise OutputError(f"-o {path} is a folder, should be a file such as {path / 'out.png'}")
         if path.suffix.lower() not in _SUFFIXES:
             what = f"the suffix {path.suffix!r}" if path.suffix else "no suffix"
             raise OutputError(
@@ -44,8 +46,6 @@ def check_output(
             raise OutputError(
                 f"-o {path}: the folder {path.parent} does not exist, create it first"
             )
-        if path.is_dir():
-            raise OutputError(f"-o {path} is a folder, should be a file such as {path / 'out.png'}")
         for source in known:
             if path.exists() and source.exists() and path.samefile(source):
                 raise OutputError(
@@ -71,6 +71,22 @@ def open_image(image: Path) -> Picture:
     return open_picture(image)
 
 
+def check_format(output: Path, picture: Picture) -> None:
+    """Refuse a format that cannot hold the picture's depth or alpha, which the result will have.
+
+    Raises:
+        OutputError: names formats that can.
+    """
+    suffix, deep = output.suffix.lower(), picture.max_value > 255
+    shallow, opaque = suffix not in (".png", ".tif", ".tiff"), suffix in (".bmp", ".jpg", ".jpeg")
+    lost = ["16-bit pixels"] * (deep and shallow) + ["alpha"] * (picture.has_alpha and opaque)
+    if lost:
+        better = ".png or .tif" if deep else ".png, .webp or .tif"
+        raise OutputError(
+            f"-o {output}: {suffix} cannot hold {' and '.join(lost)} of the image, use {better}"
+        )
+
+
 def check_workflow(workflow: Workflow, picture: Picture | None) -> None:
     """Ask everything that needs no model: images open, masks fit, schedulers are known.
 
@@ -88,9 +104,9 @@ def check_workflow(workflow: Workflow, picture: Picture | None) -> None:
             from diffedit.schedulers import SCHEDULERS
 
             if one.scheduler not in SCHEDULERS:
+                place = f"passes.{number}: " if len(workflow.passes) > 1 else ""
                 raise SchedulerError(
-                    f"passes.{number}.scheduler: no scheduler {one.scheduler!r}"
-                    f"{nearest(one.scheduler, SCHEDULERS)}"
+                    f"{place}no scheduler {one.scheduler!r}{nearest(one.scheduler, SCHEDULERS)}"
                 )
 
 

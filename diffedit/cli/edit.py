@@ -228,7 +228,7 @@ def _do(
     inputs: Sequence[Path] = (),
 ) -> None:
     """Check, load, run, save, report."""
-    from diffedit.cli.checks import check_output, check_workflow, open_image
+    from diffedit.cli.checks import check_format, check_output, check_workflow, open_image
 
     given = [*inputs, *workflow.files(), *([image] if image else [])]
     check_output(output, workflow.seeds, given, overwrite)
@@ -241,6 +241,8 @@ def _do(
             f"a size is for pictures made from nothing; {image} is {width}x{height} and stays so:"
             " leave out the size or the image"
         )
+    if picture is not None:
+        check_format(output, picture)
     check_workflow(workflow, picture)
     # Libraries print to stdout as they please; it belongs to the report.
     with contextlib.redirect_stdout(sys.stderr):

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
+import struct
+from pathlib import Path
 from typing import Any
 
 import click
@@ -47,10 +52,50 @@ def list_(as_json: bool) -> None:
 def info(model: str, as_json: bool) -> None:
     """Say what is known of MODEL (default: the embedded one) from its files, without loading it."""
     from diffedit.cli.tables import echo_json, echo_tree
-    from diffedit.models.loading import inspect
+    from diffedit.models.loading import EMBEDDED, TINY, inspect
 
     found: dict[str, Any] = inspect(model)
+    folder = EMBEDDED if model == TINY else Path(model).expanduser()
+    if folder.is_dir():
+        found["parameters"] = {
+            part.name: count for part in sorted(folder.iterdir()) if (count := _weights(part))
+        }
+    if licence := _licence(folder / "README.md"):
+        found["licence"] = licence
     if as_json:
         echo_json(found)
     else:
         echo_tree(found)
+
+
+def _weights(folder: Path) -> int:
+    """How many numbers the weights of one part hold, from the heads of its files.
+
+    A part may lie there twice, at another precision: files of one variant are counted.
+    """
+    counts: dict[str, int] = {}
+    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        variant = re.sub(r"-\d+-of-\d+", "", file.stem).partition(".")[2]
+        counts[variant] = counts.get(variant, 0) + _numbers(file)
+    return counts.get("", max(counts.values(), default=0))
+
+
+def _numbers(file: Path) -> int:
+    try:
+        with file.open("rb") as data:
+            (length,) = struct.unpack("<Q", data.read(8))
+            head = json.loads(data.read(min(length, 2**27)))
+        return sum(math.prod(one["shape"]) for name, one in head.items() if name[:2] != "__")
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError):
+        return 0
+
+
+def _licence(card: Path) -> str | None:
+    """The licence that a model card names in its front matter."""
+    try:
+        text = card.read_text("utf-8")
+    except (OSError, ValueError):
+        return None
+    match = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    line = re.search(r"^license:\s*(\S+)", match[1], re.MULTILINE) if match else None
+    return line[1] if line else None
