@@ -41,7 +41,10 @@ class Step:
 
     @property
     def x0(self) -> Tensor:
-        """The clean latents the denoiser expected at this call, computed when asked for."""
+        """The clean latents the denoiser expected at this call, computed when asked for.
+
+        The noisy ones, for a scheduler that does not say how noisy they are.
+        """
         return self._x0()
 
     def preview(self) -> Tensor:
@@ -79,6 +82,6 @@ def sample(
             latents = constrain(latents, call + 1)
 
         def x0(output: Tensor = output, call: int = call, before: Tensor = before) -> Tensor:
-            return schedule.to_x0(output, call, before)
+            return schedule.to_x0(output, call, before) if schedule.tells_noise else before
 
         yield Step(call, total, latents, _x0=x0)

@@ -94,6 +94,12 @@ SCHEDULERS: Mapping[str, SchedulerInfo] = {
     )
 }  # fmt: skip
 
+#: Schedulers of diffusers that people ask for by name and that no model here can use, and why.
+_REFUSED: Mapping[str, str] = {
+    "ipndm": "IPNDMScheduler ignores the model's training schedule, and having no add_noise it could"
+    " not do img2img or inpaint",
+}
+
 # Latents are not bounded, yet DDIM and DDPM clip to [-1, 1] unless told otherwise; and a model
 # whose own scheduler uses Karras sigmas must not turn "euler" into something else.
 _COMMON: Mapping[str, Any] = {
@@ -145,6 +151,8 @@ def usable(own: SchedulerMixin) -> list[str]:
 
 
 def _construct(name: str, own: Any) -> Any:
+    if name in _REFUSED:
+        raise SchedulerError(f"scheduler {name!r} cannot be used: {_REFUSED[name]}")
     try:
         info = SCHEDULERS[name]
     except KeyError:
@@ -281,6 +289,11 @@ class Schedule:
     def __len__(self) -> int:
         """The number of model calls, which is not always the number of steps."""
         return len(self._calls)
+
+    @property
+    def tells_noise(self) -> bool:
+        """Whether the scheduler says how noisy its latents are, as x0 and img2img need."""
+        return self._noise_fn is not None
 
     @property
     def initial_noise_scale(self) -> float:
