@@ -96,8 +96,8 @@ SCHEDULERS: Mapping[str, SchedulerInfo] = {
 
 #: Schedulers of diffusers that people ask for by name and that no model here can use, and why.
 _REFUSED: Mapping[str, str] = {
-    "ipndm": "IPNDMScheduler ignores the model's training schedule, and having no add_noise it could"
-    " not do img2img or inpaint",
+    "ipndm": "IPNDMScheduler ignores the model's training schedule, and without add_noise it"
+    " could do neither img2img nor inpaint",
 }
 
 # Latents are not bounded, yet DDIM and DDPM clip to [-1, 1] unless told otherwise; and a model
