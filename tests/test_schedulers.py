@@ -540,3 +540,8 @@ def test_a_name_means_one_thing() -> None:
     assert (dpm.config.use_karras_sigmas, dpm.config.algorithm_type) == (False, "dpmsolver++")
     assert karras.config.use_karras_sigmas
     assert build(None, own).config.use_karras_sigmas
+
+
+def test_ipndm_is_refused_by_name_with_the_reason() -> None:
+    with pytest.raises(SchedulerError, match="no add_noise|without add_noise"):
+        build("ipndm", own_scheduler())
