@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ from diffedit.result import Result
 from diffedit.sampler import Step
 from diffedit.workflow import Pass, Workflow
 
+log = logging.getLogger(__name__)
+
 #: What can be run: a pass, several, or a workflow.
 Runnable = Pass | Sequence[Pass] | Workflow
 
@@ -35,13 +38,18 @@ class Editor:
     Args:
         model: a loaded model.
         plugins: the plugins to use; None: all that are installed.
+        source: what a workflow calls the model; None: what the model says of itself.
 
     Attributes:
         model: the loaded model: encode, decode, capabilities.
+        source: what a workflow calls the model.
     """
 
-    def __init__(self, model: LatentModel, plugins: Plugins | None = None) -> None:
+    def __init__(
+        self, model: LatentModel, plugins: Plugins | None = None, source: str | None = None
+    ) -> None:
         self.model = model
+        self.source = str(model.info["source"]) if source is None else source
         self.plugins = plugin_module.default() if plugins is None else plugins
         self._lock = threading.Lock()
         self._resources: dict[str, Any] = {}
@@ -66,7 +74,7 @@ class Editor:
         model = loading.load(
             source, found.families, device=device, dtype=dtype, revision=revision, variant=variant
         )
-        return cls(model, found)
+        return cls(model, found, os.fspath(source))
 
     @property
     def edits(self) -> Mapping[str, type[Edit]]:
@@ -115,9 +123,13 @@ class Editor:
 
         Leaving the ``with`` block cancels after the current model call and undoes everything.
         """
-        workflow = _workflow(what)
+        workflow = self._workflow(what)
         seeds = _seeds(workflow.seed if seed is None else seed)
-        return Stream(self._steps(image, workflow, seeds, size, compat))
+        size = size or workflow.size
+        if image is None and size is None:
+            size = (self.model.sides[0],) * 2
+        said = {"seed": seeds[0] if len(seeds) == 1 else seeds, "size": size}
+        return Stream(self._steps(image, workflow.model_copy(update=said), seeds, compat))
 
     @torch.no_grad()  # as a decorator: a `with` around yields would reach into the caller's code
     def _steps(
@@ -125,7 +137,6 @@ class Editor:
         image: ImageSource | None,
         workflow: Workflow,
         seeds: tuple[int, ...],
-        size: tuple[int, int] | None,
         compat: bool,
     ) -> Generator[Step, None, Result]:
         if not self._lock.acquire(blocking=False):
@@ -133,7 +144,7 @@ class Editor:
         try:
             setting = Setting(self.model, self.plugins, seeds, compat, self._resource)
             source = None if image is None else open_picture(image)
-            given = Handover(self._canvas(source, size or workflow.size))
+            given = Handover(self._canvas(source, workflow.size))
             latents: torch.Tensor | None = None
             records: list[dict[str, Any]] = []
             for index, pass_ in enumerate(workflow.passes):
@@ -148,10 +159,22 @@ class Editor:
         finally:
             self._lock.release()
 
+    def _workflow(self, what: Runnable) -> Workflow:
+        if isinstance(what, Workflow):
+            if what.model != self.source:
+                log.warning(
+                    "the workflow asks for the model %r and runs on %r", what.model, self.source
+                )
+            return what.model_copy(update={"model": self.source})
+        passes = (what,) if isinstance(what, Pass) else tuple(what)
+        if not passes:
+            raise InputError("nothing to run: give at least one pass")
+        return Workflow(model=self.source, passes=passes)
+
     def _canvas(self, source: Picture | None, size: tuple[int, int] | None) -> Canvas:
         if source is None:
-            native = self.model.sides[0]
-            width, height = size or (native, native)
+            assert size is not None
+            width, height = size
             if min(width, height) < self.model.grid:
                 raise InputError(f"size {width}x{height}: sides must be at least {self.model.grid}")
         else:
@@ -227,15 +250,6 @@ def _numbered(
             yield replace(step, pass_index=index, passes=total)
     finally:
         steps.close()
-
-
-def _workflow(what: Runnable) -> Workflow:
-    if isinstance(what, Workflow):
-        return what
-    passes = (what,) if isinstance(what, Pass) else tuple(what)
-    if not passes:
-        raise InputError("nothing to run: give at least one pass")
-    return Workflow(passes=passes)
 
 
 def _seeds(seed: int | Sequence[int]) -> tuple[int, ...]:
