@@ -816,6 +816,7 @@ _INT = re.compile(r"[-+]?[0-9]{1,400}")
 _OCTAL, _HEX = re.compile(r"0o[0-7]+"), re.compile(r"0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _INF, _NAN = re.compile(r"([-+]?)\.(inf|Inf|INF)"), re.compile(r"\.(nan|NaN|NAN)")
+_DEEPEST = 64
 _TAG = "tag:yaml.org,2002:"
 _CORE = ("bool", "float", "int", "map", "null", "seq", "str")
 _TAGS = {"", "!", *(_TAG + name for name in _CORE)}
@@ -917,6 +918,8 @@ class _Reader:
         return f"{self.where}:{mark.line + 1}:{mark.column + 1}"
 
     def node(self, event: Any, path: tuple[str | int, ...]) -> Any:
+        if len(path) > _DEEPEST:
+            raise RecursionError
         self.marks.setdefault(path, self.spot(event))
         kind = type(event).__name__
         if kind == "AliasEvent":
