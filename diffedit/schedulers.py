@@ -32,6 +32,7 @@ __all__ = [
     "SchedulerInfo",
     "build",
     "flow_calls_kept",
+    "named",
     "sd_calls_kept",
     "usable",
 ]
@@ -138,6 +139,19 @@ def build(name: str | None, own: SchedulerMixin) -> SchedulerMixin:
     return scheduler
 
 
+def named(name: str) -> SchedulerInfo:
+    """What is known of a scheduler by its name; needs no model.
+
+    Raises:
+        SchedulerError: the name is unknown, or no model here can use it.
+    """
+    if name in _REFUSED:
+        raise SchedulerError(f"scheduler {name!r} cannot be used: {_REFUSED[name]}")
+    if name not in SCHEDULERS:
+        raise SchedulerError(f"unknown scheduler {name!r}{nearest(name, SCHEDULERS)}")
+    return SCHEDULERS[name]
+
+
 def usable(own: SchedulerMixin) -> list[str]:
     """Names of the schedulers that :func:`build` accepts for this model."""
     names = []
@@ -151,12 +165,7 @@ def usable(own: SchedulerMixin) -> list[str]:
 
 
 def _construct(name: str, own: Any) -> Any:
-    if name in _REFUSED:
-        raise SchedulerError(f"scheduler {name!r} cannot be used: {_REFUSED[name]}")
-    try:
-        info = SCHEDULERS[name]
-    except KeyError:
-        raise SchedulerError(f"unknown scheduler {name!r}{nearest(name, SCHEDULERS)}") from None
+    info = named(name)
     cls = getattr(diffusers, info.cls)
     config = dict(own.config)
     config["_use_default_values"] = set(config.get("_use_default_values", ())) - _MODEL_KEYS
