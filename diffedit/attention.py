@@ -131,7 +131,8 @@ class Processor:
             q = attn.norm_q(q)
         if attn.norm_k is not None:
             k = attn.norm_k(k)
-        qkv = self.transform(QKV(q, k, v, attention_mask), Site(self.name, cross, self.rows()))
+        site = Site(self.name.removesuffix(".processor"), cross, self.rows())
+        qkv = self.transform(QKV(q, k, v, attention_mask), site)
         bias = qkv.bias if qkv.bias is None else qkv.bias.to(qkv.q.dtype)
         out = F.scaled_dot_product_attention(qkv.q, qkv.k, qkv.v, attn_mask=bias)
         out = out.transpose(1, 2).flatten(2).to(qkv.q.dtype)

@@ -6,6 +6,7 @@ cropped, scaled by `Canvas.scale`, and padded on the right and at the bottom to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -40,8 +41,8 @@ def frame(
 ) -> Frame:
     """Choose the smallest region that holds what the edits ask for and that the model likes.
 
-    Each side of the union of `wanted` is grown to the model's smallest side and to its grid, as far
-    as the image reaches. What is larger than the model's largest side is scaled down, and an image
+    Each side of the union of `wanted` is grown to the model's smallest side (as it is after scaling)
+    and to its grid, as far as the image reaches. What is larger than the model's largest side is scaled down, and an image
     smaller than the model's smallest side is scaled up; in between, pixels map one to one.
 
     Args:
@@ -55,8 +56,10 @@ def frame(
     region = whole
     if wanted:
         box = Box.union(wanted).clip(whole)
-        left, right = _grow(box.left, box.right, width, sides[0], grid)
-        top, bottom = _grow(box.top, box.bottom, height, sides[0], grid)
+        # What is long enough to be scaled down gets so much beside it that it stays wide enough.
+        least = math.ceil(sides[0] * max(1.0, max(box.size) / sides[1]))
+        left, right = _grow(box.left, box.right, width, least, grid)
+        top, bottom = _grow(box.top, box.bottom, height, least, grid)
         region = Box(left, top, right, bottom)
     short, long = sorted(region.size)
     scale = min(max(1.0, sides[0] / short), sides[1] / long)

@@ -80,6 +80,7 @@ class Denoiser:
         self.embedded_guidance = embedded_guidance
         self.guard = guard or Guard()
         self.call = 0
+        self.bare = False
         self.branches = tuple(branches)
         keys: list[RowKey] = []
         conditioning: list[Conditioning] = []
@@ -120,11 +121,22 @@ class Denoiser:
         output = self._predict(self._with_residuals(x, call))
         predictions = {name: output[self.rows.of_branch(name)] for name in self.branches}
         if self.guard.diagnosing and not torch.isfinite(output).all():
-            raise DiffeditError(
-                f"the denoiser's own output is not finite in call {call + 1} of"
-                f" {len(self.schedule)}, and no edit is at fault: try dtype float32"
-            )
+            raise self._blame(x, call)
         return self._refined(self._combined(predictions, call), latents, call)
+
+    def _blame(self, x: ModelInput, call: int) -> DiffeditError:
+        """Say who made the denoiser's output not finite: what was contributed, or the denoiser."""
+        calls = len(self.schedule)
+        acting = [part.owner for part in self.merged.residuals if part.active(call, calls)]
+        acting += [part.owner for part in self.merged.attention if part.active(call, calls)]
+        self.bare = True
+        if acting and bool(torch.isfinite(self.model.predict(x)).all()):
+            owners = ", ".join(dict.fromkeys(acting))
+            return PluginError(owners, "makes the denoiser's output not finite (NaN or inf)")
+        return DiffeditError(
+            f"the denoiser's own output is not finite in call {call + 1} of"
+            f" {calls}, and no edit is at fault: try dtype float32"
+        )
 
     def _with_residuals(self, x: ModelInput, call: int) -> ModelInput:
         acting = [p for p in self.merged.residuals if p.active(call, len(self.schedule))]
@@ -138,6 +150,10 @@ class Denoiser:
                 part.owner, "residuals", part.value, only, call, lent=(only.latents, x.latents)
             )
             self._check_residuals(part.owner, made, len(canvas))
+            if total is not None and made.shapes != total.shapes:
+                raise PluginError(
+                    part.owner, "residuals are of other shapes than another edit's of this pass"
+                )
             total = made if total is None else total + made
         assert total is not None
         return replace(x, residuals=total.spread(canvas, len(self.rows)))
@@ -164,10 +180,14 @@ class Denoiser:
     def attend(self, qkv: QKV, site: Site) -> QKV:
         """The chained attention terms, as the transform of the model's attention processor."""
         for part in self.merged.attention:
-            if part.active(self.call, len(self.schedule)):
+            if not self.bare and part.active(self.call, len(self.schedule)):
                 qkv = self.guard.call(
                     part.owner, "attention", part.value, qkv, site, lent=(qkv.q, qkv.k, qkv.v)
                 )
+                if not isinstance(qkv, QKV):
+                    raise PluginError(
+                        part.owner, f"attention returned {type(qkv).__name__}, not a QKV"
+                    )
         return qkv
 
     def _combined(self, predictions: Mapping[str, Tensor], call: int) -> Tensor:
@@ -189,6 +209,9 @@ class Denoiser:
             for part in self.merged.terms
             if part.active(call, len(self.schedule))
         ]
+        if self.guard.diagnosing:
+            for part in self.merged.terms:
+                self.guard.check_finite(part.owner, "the weight of a term", part.value.weight)
         guided = with_terms(guided, predictions, terms)
         if self.rescale > 0 and NEGATIVE in predictions:
             guided = rescaled(guided, predictions["positive"], self.rescale)

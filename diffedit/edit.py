@@ -206,12 +206,15 @@ class Owned(Generic[T]):
         value: the part.
         during: the fraction of the calls in which it acts.
         scope: what the names of its parts begin with (`Edit.scope`).
+        stream: what random numbers drawn for it are named by. Unlike a name it knows no id, so
+            that giving an edit an id shifts nothing.
     """
 
     owner: str
     value: T
     during: tuple[float, float] = (0.0, 1.0)
     scope: str = ""
+    stream: str = ""
 
     def active(self, call: int, calls: int) -> bool:
         """Whether it acts in call `call` of `calls`, as diffusers' ControlNet windows count."""
@@ -266,7 +269,8 @@ def named(name: str, given: Sequence[Owned[tuple[Any, ...]]]) -> tuple[Owned[Any
             key = f"{part.scope}/{value.name}"
             if key in merged:
                 raise ConflictError(f"{key!r} stands twice in {name!r}: give one edit an id")
-            merged[key] = Owned(part.owner, replace(value, name=key), part.during)
+            stream = f"{part.stream}/{value.name}"
+            merged[key] = Owned(part.owner, replace(value, name=key), part.during, stream=stream)
     return tuple(merged.values())
 
 
@@ -419,7 +423,7 @@ def merge(given: Sequence[tuple[Edit, Contribution]]) -> Merged:
         if part.name == "during":
             continue
         owned = [
-            (edit, Owned(label, getattr(one, part.name), one.during, edit.scope))
+            (edit, Owned(label, getattr(one, part.name), one.during, edit.scope, edit.name))
             for label, (edit, one) in zip(said, given, strict=True)
             if _given(getattr(one, part.name))
         ]

@@ -56,5 +56,7 @@ def with_terms(
                     f"a guidance term names the prediction {name!r}, which this pass does not make"
                     f"{nearest(name, predictions)}"
                 )
+        if isinstance(weight, Tensor):
+            weight = weight.to(guided)
         guided = guided + weight * (predictions[toward] - predictions[away])
     return guided

@@ -6,8 +6,9 @@ before any model runs), patches, embed, draws, prepare, loop, decode, finish, pa
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffedit.box import Box
 from diffedit.canvas import Canvas, Frame, exact_frame, frame
 from diffedit.denoiser import Denoiser, Reference
 from diffedit.edit import Contribution, Edit, Owned, Pixels, Row, canonical, labels, merge
 from diffedit.errors import CapabilityError, DiffeditError, InputError, MaskError, PluginError
-from diffedit.guard import Guard
+from diffedit.guard import Guard, Untouched
 from diffedit.guidance import NEGATIVE, POSITIVE
 from diffedit.models.protocol import Conditioning, LatentModel
 from diffedit.plugins import Plugins
@@ -27,6 +29,8 @@ from diffedit.run import Run, Streams
 from diffedit.sampler import Step, sample
 from diffedit.schedulers import Schedule
 from diffedit.workflow import Pass
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,16 +105,18 @@ def run_pass(
         PluginError: an edit breaks the contract.
     """
     plan = _Plan(pass_, given, setting, Guard(diagnosing))
-    hook = setting.plugins.manager.hook
-    hook.pass_started(pass_=pass_, run=plan.run)
+    notify = setting.plugins.notify
     error: BaseException | None = None
     try:
+        notify("pass_started", pass_=pass_, run=plan.run)
         outcome: Outcome | None = None
         if plan.rests:
             outcome = plan.finish(None)
         else:
             with ExitStack() as undo:
-                latents = yield from plan.sample(undo, hook)
+                untouched = Untouched(setting.model.parts(), ", ".join(plan.labels))
+                undo.enter_context(untouched)
+                latents = yield from plan.sample(undo, untouched)
                 if latents is not None:
                     outcome = plan.finish(latents)
         if outcome is None:
@@ -120,7 +126,12 @@ def run_pass(
         error = raised
         raise
     finally:
-        hook.pass_finished(pass_=pass_, error=error)
+        try:
+            notify("pass_finished", pass_=pass_, error=error)
+        except PluginError as late:
+            if error is None:
+                raise
+            log.warning("%s", late)  # the error under way says more
 
 
 def _diagnose(
@@ -175,11 +186,15 @@ class _Plan:
         if self.setting.compat:
             return exact_frame(canvas.image_size, model.grid)
         shown = canvas.source or canvas.picture(0)
-        boxes = [
-            box
-            for edit, label in zip(self.edits, self.labels, strict=True)
-            if (box := self.guard.call(label, "region", edit.region, shown)) is not None
-        ]
+        whole = Box(0, 0, *canvas.image_size)
+        boxes = []
+        for edit, label in zip(self.edits, self.labels, strict=True):
+            box: object = self.guard.call(label, "region", edit.region, shown)
+            if box is None:
+                continue
+            if not isinstance(box, Box) or min(box.clip(whole).size) < 1:
+                raise PluginError(label, f"region {box!r} is no Box that holds pixels of the image")
+            boxes.append(box)
         return frame(canvas.image_size, boxes, model.sides, model.grid)
 
     def _contribution(self, edit: Edit, label: str) -> Contribution:
@@ -191,18 +206,38 @@ class _Plan:
             )
         mask = made.mask
         width, height = self.canvas.image_size
-        if mask is not None and (mask.ndim != 4 or mask.shape[1:] != (1, height, width)):
-            raise PluginError(label, f"mask is {tuple(mask.shape)}, not (b, 1, {height}, {width})")
         if mask is not None:
+            mask = self._fitting(label, "mask", mask, (1, height, width), move=False)
+            if not mask.is_floating_point() or not bool(((mask >= 0) & (mask <= 1)).all()):
+                raise PluginError(label, "mask must hold floating-point values in [0, 1]")
             outside = mask.clone()
             box = self.canvas.frame.region
             outside[..., box.top : box.bottom, box.left : box.right] = 0
             if outside.any():
                 raise PluginError(label, "its mask reaches beyond the region it asked for")
+        for part in (made.keep, *(term.weight for term in made.terms)):
+            if isinstance(part, Tensor):
+                cells = (1, *(side // self.model.grid for side in reversed(self.canvas.size)))
+                self._fitting(label, "keep or weight", part, cells, move=False)
         start, end = made.during
         if not 0 <= start <= end <= 1:
             raise InputError(f"{label}: needs 0 <= start <= end <= 1, got {start:g} and {end:g}")
         return made
+
+    def _fitting(
+        self, owner: str, what: str, value: Any, shape: tuple[int, ...], move: bool = True
+    ) -> Tensor:
+        """Check what a plugin gave: one for all items, or one per item; bring it to the model."""
+        if not isinstance(value, Tensor):
+            raise PluginError(owner, f"{what} is {type(value).__name__}, not a tensor")
+        items = self.run.items
+        if value.ndim != 4 or value.shape[1:] != shape or len(value) not in (1, items):
+            raise PluginError(
+                owner,
+                f"{what} is {tuple(value.shape)}, not ({'1 or ' * (items > 1)}{items},"
+                f" {', '.join(map(str, shape))})",
+            )
+        return value.to(self.model.device) if move else value
 
     def _check_capabilities(self) -> None:
         needs = {
@@ -245,10 +280,16 @@ class _Plan:
 
     # --- sampling ---------------------------------------------------------------------------------
 
-    def sample(self, undo: ExitStack, hook: Any) -> Generator[Step, None, Tensor | None]:
+    def sample(self, undo: ExitStack, untouched: Untouched) -> Generator[Step, None, Tensor | None]:
         """Patches, embed, draws, prepare, loop. Returns None when the latents are not finite."""
         for part in self.merged.patches:
-            undo.callback(self.guard.call(part.owner, "patch", part.value.apply, self.model))
+            own = undo.enter_context(Untouched(self.model.parts(), part.owner, untouched))
+            with own.watching():
+                restore: object = self.guard.call(part.owner, "patch", part.value.apply, self.model)
+            if not callable(restore):
+                said = type(restore).__name__
+                raise PluginError(part.owner, f"patch returned {said}, not what undoes it")
+            undo.callback(self.guard.call, part.owner, "the undoing of a patch", restore)
         branches = self._embed()
         self._lap("embed")
         latents, constrain = self._draws()
@@ -256,9 +297,10 @@ class _Plan:
         references = [self._reference(part) for part in self.merged.rows]
         self._lap("encode")
         for one in self.merged.prepare:
-            steps = self.guard.call(one.owner, "prepare", one.value, self.run)
-            if isinstance(steps, Iterator):
-                yield from steps
+            for step in self.guard.steps(one.owner, "prepare", one.value, self.run):
+                if not isinstance(step, Step):
+                    raise PluginError(one.owner, f"prepare yielded {type(step).__name__}, no Step")
+                yield step
         denoise = Denoiser(
             self.model,
             self.schedule,
@@ -282,8 +324,9 @@ class _Plan:
         noise = [self.run.rng("step", item) for item in range(self.run.items)]
         for step in sample(denoise, latents, self.schedule, rng=noise, constrain=constrain):
             latents = step.latents
-            hook.step_done(step=step)
-            yield replace(step, _look=self.model.preview)
+            step = replace(step, _look=self.model.preview)
+            self.setting.plugins.notify("step_done", step=step)
+            yield step
         self._lap("sample")
         return latents if bool(torch.isfinite(latents).all()) else None
 
@@ -300,6 +343,11 @@ class _Plan:
                 self.model.embed([prompt], self.canvas.size) if isinstance(prompt, str) else prompt
             )
         return made
+
+    @property
+    def _latent_shape(self) -> tuple[int, int, int]:
+        width, height = (side // self.model.grid for side in self.canvas.size)
+        return self.model.channels, height, width
 
     def _encode(self, pixels: Tensor) -> Tensor:
         """Encode pixels for every item: the mean, or in compat mode a sample, as diffusers does."""
@@ -344,12 +392,10 @@ class _Plan:
             assert source is not None
             return source
         clean = self._encode(given.pixels) if isinstance(given, Pixels) else given
-        width, height = (side // self.model.grid for side in self.canvas.size)
-        if clean.shape[1:] != (self.model.channels, height, width):
-            want = (self.model.channels, height, width)
-            raise PluginError(start.owner, f"start is {tuple(clean.shape)}, not (b, *{want})")
-        expanded: Tensor = clean.expand(self.run.items, -1, -1, -1)
-        return expanded
+        clean = self._fitting(start.owner, "start", clean, self._latent_shape)
+        if self.guard.diagnosing:
+            self.guard.check_finite(start.owner, "start", clean)
+        return clean.expand(self.run.items, -1, -1, -1)
 
     def _cells(self, mask: Tensor | None) -> Tensor | None:
         """The mask over the latent grid, in [0, 1]: how freely each cell may change."""
@@ -381,7 +427,8 @@ class _Plan:
                 keep = part.value
                 if callable(keep):
                     keep = self.guard.call(part.owner, "keep", keep, level - 1)
-                kept = kept | (keep.to(latents.device) >= 0.5)
+                keep = self._fitting(part.owner, "keep", keep, (1, *latents.shape[2:]))
+                kept = kept | (keep >= 0.5)
             return torch.where(kept, self.schedule.add_noise(source, noise, level), latents)
 
         return constrain
@@ -422,7 +469,7 @@ class _Plan:
         if isinstance(row.latents, Pixels):
             clean = self._encode(row.latents.pixels).to(self.model.device, torch.float32)
             # A stream of its own, named by the row: another edit's references shift nothing here.
-            noise = self.run.streams.normal(row.name, tuple(clean.shape[1:])).to(clean)
+            noise = self.run.streams.normal(part.stream, tuple(clean.shape[1:])).to(clean)
 
             def noised(call: int) -> Tensor:
                 return self.schedule.add_noise(clean, noise, call)
@@ -432,7 +479,8 @@ class _Plan:
 
         def given(call: int) -> Tensor:
             made = self.guard.call(part.owner, "row", function, call)
-            return made.to(self.model.device).expand(self.run.items, -1, -1, -1)
+            made = self._fitting(part.owner, "row", made, self._latent_shape)
+            return made.expand(self.run.items, -1, -1, -1)
 
         return Reference(row.name, given, None, conditioning)
 
@@ -444,7 +492,10 @@ class _Plan:
         if latents is None:
             pixels = canvas.region_pixels
         else:
-            pixels = canvas.to_region(self.model.decode(latents).cpu())
+            decoded = self.model.decode(latents).cpu()
+            if not torch.isfinite(decoded).all():
+                raise DiffeditError("decoding gave values that are not finite: try dtype float32")
+            pixels = canvas.to_region(decoded)
             self._lap("decode")
         for part in self.merged.finish:
             pixels = self.guard.call(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import pluggy
 
 from diffedit import hookspecs
-from diffedit.errors import ParameterError, PluginError, nearest
+from diffedit.errors import DiffeditError, ParameterError, PluginError, nearest
 
 if TYPE_CHECKING:
     from diffedit.edit import Edit
@@ -138,9 +138,9 @@ class Plugins:
         """Load one entry point; a failure is recorded in `broken` and goes no further."""
         try:
             self.register(point.load(), point.name)
-        except (KeyboardInterrupt, SystemExit):
+        except KeyboardInterrupt:
             raise
-        except BaseException as error:
+        except BaseException as error:  # SystemExit too: a script that was named as a plugin
             said = str(error).splitlines()[0] if str(error) else "no message"
             self._broken[point.name] = f"{type(error).__name__}: {said}"
             log.warning("plugin %r was left out: %s", point.name, self._broken[point.name])
@@ -154,17 +154,25 @@ class Plugins:
         wants = getattr(plugin, "diffedit_api", API_VERSION)
         if wants > API_VERSION:
             raise PluginError(name, f"needs diffedit's plugin API {wants}; this is {API_VERSION}")
-        self.manager.register(plugin, name)
+        if self.manager.has_plugin(name):
+            raise PluginError(name, "another plugin is registered under this name")
         try:
+            self.manager.register(plugin, name)
             self.manager.check_pending()
             edits = self._ask(name, "register_edits")
             preprocessors = self._ask(name, "register_preprocessors")
             families = self._ask(name, "register_models")
+            from diffedit.edit import Edit  # here, so that listing plugins stays cheap
+
+            for one in edits:
+                if not (isinstance(one, type) and issubclass(one, Edit)):
+                    raise PluginError(name, f"register_edits returned {one!r}, not an Edit class")
             self._check(name, edits, self._edits)
             self._check(name, preprocessors, self._preprocessors)
             self._check(name, families, self._families)
         except BaseException:
-            self.manager.unregister(name=name)
+            if self.manager.get_plugin(name) is plugin:
+                self.manager.unregister(name=name)
             raise
         for kind, given, into in (
             ("edit", edits, self._edits),
@@ -179,12 +187,34 @@ class Plugins:
         """The plugin that registered an "edit", "preprocessor" or "family"."""
         return self._owners[kind, name]
 
-    def _ask(self, name: str, hook: str) -> list[Any]:
+    def notify(self, hook: str, **event: Any) -> None:
+        """Call the observers of a hook.
+
+        Raises:
+            PluginError: one of them raised; names its plugin.
+        """
+        observers = {i.plugin_name for i in getattr(self.manager.hook, hook).get_hookimpls()}
+        for name in sorted(observers):
+            try:
+                self._only(name, hook)(**event)
+            except DiffeditError:
+                raise
+            except Exception as error:
+                said = str(error).splitlines()[0] if str(error) else "no message"
+                message = f"{hook} raised {type(error).__name__}: {said}"
+                raise PluginError(name, message) from error
+
+    def _only(self, name: str, hook: str) -> Any:
+        """The caller of one plugin's implementation of a hook."""
         plugin = self.manager.get_plugin(name)
-        only = self.manager.subset_hook_caller(
+        return self.manager.subset_hook_caller(
             hook, [other for other in self.manager.get_plugins() if other is not plugin]
         )
-        answers = only()
+
+    def _ask(self, name: str, hook: str) -> list[Any]:
+        answers = self._only(name, hook)()
+        if any(not isinstance(answer, list | tuple) for answer in answers):
+            raise PluginError(name, f"{hook} returned {type(answers[0]).__name__}, not a list")
         given = [one for answer in answers for one in answer]
         if any(not isinstance(getattr(one, "name", None), str) for one in given):
             raise PluginError(name, f"{hook} returned something without a name")
@@ -192,9 +222,11 @@ class Plugins:
 
     @staticmethod
     def _check(name: str, given: list[Any], taken: Mapping[str, Any]) -> None:
-        for one in given:
+        for place, one in enumerate(given):
             if one.name in taken:
                 raise PluginError(name, f"{one.name!r} is already registered by another plugin")
+            if one.name in (other.name for other in given[:place]):
+                raise PluginError(name, f"{one.name!r} is registered twice")
 
 
 def load(points: list[EntryPoint] | None = None) -> Plugins:

@@ -113,8 +113,5 @@ class Result:
 
 def input_paths(source: Picture | None, workflow: Workflow) -> Sequence[Path]:
     """The files a run reads, which it therefore never writes to."""
-    found = [source.path] if source is not None else []
-    for pass_ in workflow.passes:
-        for edit in pass_.edits:
-            found += [getattr(value, "path", None) for _, value in edit]
-    return [path for path in found if isinstance(path, Path)]
+    found = [] if source is None or source.path is None else [source.path]
+    return [*found, *workflow.files()]

@@ -53,6 +53,11 @@ class Residuals:
     def __add__(self, other: Residuals) -> Residuals:
         return Residuals(tuple(a + b for a, b in zip(self.places, other.places, strict=True)))
 
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shape of the tensor at each place."""
+        return [tuple(place.shape) for place in self.places]
+
     def spread(self, indices: Sequence[int], total: int) -> Residuals:
         """Put row ``k`` at row ``indices[k]`` of ``total`` rows; the others get zero."""
         if list(indices) == list(range(total)):
