@@ -50,7 +50,7 @@ def build_autoencoder(widths: tuple[int, ...] = WIDTHS) -> AutoencoderKL:
 
 def to_tensor(pictures: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> Tensor:
     """(n, h, w, 3) uint8 -> (n, 3, h, w) float in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -109,8 +109,9 @@ class AutoencoderTask:
             latents = mean + torch.exp(0.5 * logvar) * noise.to(self.device)
             output = self.vae.decode(latents).sample.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        loss = 4 * F.mse_loss(output, pixels) + F.l1_loss(output, pixels) + 1e-5 * kl
-        return loss * (len(pixels) / self.batch)
+        loss: Tensor = 4 * F.mse_loss(output, pixels) + F.l1_loss(output, pixels) + 1e-5 * kl
+        share: Tensor = loss * (len(pixels) / self.batch)
+        return share
 
     @torch.no_grad()
     def validate(self, ema: Ema) -> dict[str, float]:

@@ -75,7 +75,11 @@ def backdrop(
     jitter = rng.uniform(-8, 8, (2, 3)).astype(np.float32)
     a, b = a + jitter[0], b + jitter[1]
     share = _pattern(kind, rng, side)
-    return np.clip(a + share[..., None] * (b - a), 0, 255).astype(np.float32)
+    return _float32(np.clip(a + share[..., None] * (b - a), 0, 255))
+
+
+def _float32(values: NDArray[np.float64]) -> Floats:
+    return values.astype(np.float32)
 
 
 def _pattern(kind: str, rng: np.random.Generator, side: int) -> Floats:
@@ -87,20 +91,20 @@ def _pattern(kind: str, rng: np.random.Generator, side: int) -> Floats:
     angle = rng.uniform(0, np.pi)
     along = (u * np.cos(angle) + v * np.sin(angle)).astype(np.float32)
     if kind == "gradient":
-        return np.clip(0.5 + along * rng.choice([-1.1, 1.1]), 0, 1).astype(np.float32)
+        return _float32(np.clip(0.5 + along * rng.choice([-1.1, 1.1]), 0, 1))
     period = rng.uniform(0.16, 0.36)
     phase = rng.uniform(0, 1, 2)
     if kind == "striped":
         wave = np.sin(2 * np.pi * (along / period + phase[0]))
-        return np.clip(0.5 + wave * side * period / (2 * np.pi), 0, 1).astype(np.float32)
+        return _float32(np.clip(0.5 + wave * side * period / (2 * np.pi), 0, 1))
     if kind == "checkered":
         waves = [
             np.sin(2 * np.pi * (w / (1.3 * period) + p)) for w, p in zip((u, v), phase, strict=True)
         ]
-        return np.clip(0.5 + waves[0] * waves[1] * side * period / 4, 0, 1).astype(np.float32)
+        return _float32(np.clip(0.5 + waves[0] * waves[1] * side * period / 4, 0, 1))
     if kind == "dotted":
         cells = [np.mod(w / period + p, 1) - 0.5 for w, p in zip((u, v), phase, strict=True)]
-        return np.clip(0.5 + (0.3 - np.hypot(*cells)) * side * period, 0, 1).astype(np.float32)
+        return _float32(np.clip(0.5 + (0.3 - np.hypot(*cells)) * side * period, 0, 1))
     raise ValueError(f"unknown backdrop {kind!r}")
 
 
@@ -114,7 +118,9 @@ def _crop(rng: np.random.Generator, side: int) -> Floats:
     extent = max(extent, min(96, height, width))
     top, left = rng.integers(height - extent + 1), rng.integers(width - extent + 1)
     part = Image.fromarray(picture[top : top + extent, left : left + extent])
-    pixels = np.asarray(part.resize((side, side), Image.Resampling.LANCZOS), np.float32)
+    pixels: NDArray[np.float64] = np.asarray(
+        part.resize((side, side), Image.Resampling.LANCZOS), np.float64
+    )
     pixels = pixels[:, ::-1] if rng.random() < 0.5 else pixels
     if not colour and rng.random() < 0.8:
         # A grey photograph is mapped to a line between two colours, dark to light.
@@ -123,7 +129,7 @@ def _crop(rng: np.random.Generator, side: int) -> Floats:
     elif colour and rng.random() < 0.6:
         pixels = pixels[..., rng.permutation(3)] * rng.uniform(0.7, 1.25, 3)
     gain, lift = rng.uniform(0.7, 1.25), rng.uniform(-25, 35)
-    return np.clip(pixels * gain + lift, 0, 255).astype(np.float32)
+    return _float32(np.clip(pixels * gain + lift, 0, 255))
 
 
 def _clouds(rng: np.random.Generator, side: int) -> Floats:

@@ -99,3 +99,10 @@ def _kept_crop(rng: np.random.Generator, number: int, side: int) -> Pixels:
     top, left = rng.integers(height - extent + 1), rng.integers(width - extent + 1)
     part = Image.fromarray(picture[top : top + extent, left : left + extent])
     return np.asarray(part.resize((side, side), Image.Resampling.LANCZOS))
+
+
+def kept_photographs(side: int) -> list[Pixels]:
+    """The photographs kept for judging, whole, squeezed to (side, side, 3)."""
+    pictures = [getattr(skimage.data, name)()[..., :3] for name in KEPT_FOR_JUDGING]
+    size, how = (side, side), Image.Resampling.LANCZOS
+    return [np.asarray(Image.fromarray(picture).resize(size, how)) for picture in pictures]

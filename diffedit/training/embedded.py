@@ -44,7 +44,7 @@ class Recipe:
 
     seed: int = 0
     vae_steps: int = 920
-    steps: int = 3600
+    steps: int = 3200
     side: int = 128
     phases: tuple[Phase, ...] = PHASES
 

@@ -18,7 +18,7 @@ from transformers import CLIPTokenizer
 from diffedit.training.autoencoder import to_tensor
 from diffedit.training.scenes import Mix, draw_scene, render
 from diffedit.training.text import tokenise
-from diffedit.training.threads import CORES, one_core_threads
+from diffedit.training.threads import in_parallel
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +57,10 @@ def encode(vae: AutoencoderKL, pixels: Tensor, batch: int = 32) -> Tensor:
     def encode_part(part: Tensor) -> Tensor:
         part = part.to(device, memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
-            return vae.encode(part).latent_dist.mode().float().cpu()
+            latents: Tensor = vae.encode(part).latent_dist.mode().float().cpu()
+        return latents
 
-    with one_core_threads(CORES if device.type == "cpu" else 1) as workers:
-        return torch.cat(list(workers.map(encode_part, pixels.split(batch))))
+    return torch.cat(in_parallel(encode_part, pixels.split(batch)))
 
 
 class LatentPool:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from diffedit.training.optim import lr_factor
-from diffedit.training.threads import CORES, one_core_threads
+from diffedit.training.threads import in_parallel, one_core
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,6 @@ class Settings:
     log_every: int = 25
     validate_every: int = 200
     save_seconds: float = 150.0
-    workers: int = CORES
 
 
 @dataclass(slots=True)
@@ -131,7 +130,7 @@ def train(task: Task, settings: Settings, checkpoint: Path, *, resume: bool) -> 
     params = [p for opt in task.optimizers for group in opt.param_groups for p in group["params"]]
     began = saved = time.monotonic()
     before = report.seconds
-    with _stop_on_sigterm() as stop, one_core_threads(settings.workers) as workers:
+    with _stop_on_sigterm() as stop, one_core():
         while report.step < settings.steps:
             step = report.step
             factor = lr_factor(step, settings.steps)
@@ -139,7 +138,7 @@ def train(task: Task, settings: Settings, checkpoint: Path, *, resume: bool) -> 
                 for group, rate in zip(opt.param_groups, rates, strict=True):
                     group["lr"] = rate * factor
             generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-            done = list(workers.map(partial(_gradients, params), task.parts(step, generator)))
+            done = in_parallel(partial(_gradients, params), task.parts(step, generator))
             for param, *grads in zip(params, *(grads for _, grads in done), strict=True):
                 param.grad = sum(grads[1:], start=grads[0])
             nn.utils.clip_grad_norm_(params, settings.clip)

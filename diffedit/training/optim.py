@@ -7,6 +7,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from diffedit.training.threads import in_parallel
+
+_STACK = 4
+"""Matrices of one shape that are orthogonalised in one go."""
+
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
@@ -41,14 +46,20 @@ class Muon(torch.optim.Optimizer):
                 nesterov = param.grad.lerp(buffer, group["momentum"])
                 matrix = nesterov.reshape(len(param), -1)
                 by_shape.setdefault(matrix.shape, []).append((param, matrix))
-            for shape, members in by_shape.items():
-                updates = orthogonalise(torch.stack([matrix for _, matrix in members]))
-                scale = 0.2 * max(shape) ** 0.5
-                for (param, _), update in zip(members, updates, strict=True):
+            stacks = [
+                members[first : first + _STACK]
+                for members in by_shape.values()
+                for first in range(0, len(members), _STACK)
+            ]
+            matrices = (torch.stack([matrix for _, matrix in stack]) for stack in stacks)
+            for stack, updates in zip(stacks, in_parallel(orthogonalise, matrices), strict=True):
+                scale = 0.2 * max(updates.shape[1:]) ** 0.5
+                for (param, _), update in zip(stack, updates, strict=True):
                     param.mul_(1 - group["lr"] * group["weight_decay"])
                     param.add_(update.reshape(param.shape), alpha=-group["lr"] * scale)
 
 
+@torch.no_grad()
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrices, roughly: (n, rows, columns) -> the same, float32.
 
@@ -63,7 +74,8 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).float()
+    made: Tensor = (x.mT if tall else x).float()
+    return made
 
 
 def optimizers(

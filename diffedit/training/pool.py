@@ -41,9 +41,9 @@ def pool(path: Path, count: int, draw: Callable[[int], Pixels], side: int) -> ND
     The file appears when it is whole; a file of another length is drawn anew.
     """
     if path.exists():
-        pictures: NDArray[np.uint8] = np.load(path, mmap_mode="r")
-        if pictures.shape == (count, side, side, 3):
-            return pictures
+        drawn: NDArray[np.uint8] = np.load(path, mmap_mode="r")
+        if drawn.shape == (count, side, side, 3):
+            return drawn
     log.info("drawing %d pictures of %d px into %s", count, side, path.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".part.npy")
@@ -59,7 +59,7 @@ def pool(path: Path, count: int, draw: Callable[[int], Pixels], side: int) -> ND
             pictures[start : start + len(chunk)] = chunk
     pictures.flush()
     os.replace(unfinished, path)
-    return np.load(path, mmap_mode="r")
+    return pool(path, count, draw, side)
 
 
 def _draw_chunk(start: int, *, count: int, draw: Callable[[int], Pixels]) -> Pixels:

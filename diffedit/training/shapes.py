@@ -27,7 +27,8 @@ def _triangle(x: Floats, y: Floats) -> Floats:
     # Three half-planes; the centroid stands a little above the frame's middle.
     down = y - np.float32(0.68)
     side = np.abs(x) * np.float32(0.8575) - (y + np.float32(0.95)) * np.float32(0.5145)
-    return np.maximum(down, side)
+    distance: Floats = np.maximum(down, side)
+    return distance
 
 
 def _star(x: Floats, y: Floats) -> Floats:
@@ -40,7 +41,8 @@ def _star(x: Floats, y: Floats) -> Floats:
     inner = np.float32(0.44)
     ax, ay = inner * np.sin(sector / 2), inner * np.cos(sector / 2) - np.float32(1.02)
     length = np.hypot(ax, ay)
-    return ((py - np.float32(1.02)) * ax - px * ay) / length * np.float32(1.0)
+    distance: Floats = ((py - np.float32(1.02)) * ax - px * ay) / length
+    return distance
 
 
 def _heart(x: Floats, y: Floats) -> Floats:
@@ -68,7 +70,8 @@ def _cross(x: Floats, y: Floats) -> Floats:
 def _diamond(x: Floats, y: Floats) -> Floats:
     # A narrow rhombus: a square stood on its corner would be a square turned too far.
     wide, high = np.float32(0.66), np.float32(1.0)
-    return (np.abs(x) * high + np.abs(y) * wide - wide * high) / np.hypot(wide, high)
+    distance: Floats = (np.abs(x) * high + np.abs(y) * wide - wide * high) / np.hypot(wide, high)
+    return distance
 
 
 _DISTANCE: dict[str, Callable[[Floats, Floats], Floats]] = {
@@ -104,4 +107,5 @@ def coverage(
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     dx, dy = (u - np.float32(x)) / np.float32(radius), (v - np.float32(y)) / np.float32(radius)
     distance = _DISTANCE[shape](cos * dx + sin * dy, cos * dy - sin * dx)
-    return np.clip(0.5 - (distance * radius - grow) * side, 0, 1).astype(np.float32)
+    covered: Floats = np.clip(0.5 - (distance * radius - grow) * side, 0, 1).astype(np.float32)
+    return covered

@@ -1,0 +1,150 @@
+"""The model card, made from the figures: whoever changes the model measures it anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffedit.training.scenes import COLOURS
+from diffedit.training.shapes import SHAPES
+
+_TEMPLATE = """\
+---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+
+# diffedit's embedded model
+
+A small latent-diffusion model of a drawn world, which lets diffedit edit pictures offline on two
+CPU cores. It is an ordinary Stable Diffusion folder: `StableDiffusionPipeline.from_pretrained`
+loads it. The weights' licence is Apache-2.0. **This card is generated** by
+`python -m diffedit.training.report`; its figures are in `figures.json`.
+
+It knows {n_colours} colours ({colours}) and {n_shapes} shapes ({shapes}). Prompts that work are
+like "a red circle" or "a blue star on a yellow background". It knows few other words: an unknown
+one falls into byte pieces of which the model has learnt nothing.
+
+## What is inside
+
+| part | what | parameters |
+|---|---|---|
+| `vae` | `AutoencoderKL`, f = 8, 4 channels, widths (32, 64, 96, 96); mean 0 and standard \
+deviation 1 are folded in, so `scaling_factor` is 1 | 2.3 M |
+| `text_encoder`, `tokenizer` | `CLIPTextModel`, hidden size 128, 3 layers; a CLIP tokenizer whose \
+vocabulary is the captions' words, 32 tokens | 0.7 M |
+| `unet` | `UNet2DConditionModel` (64, 128, 192), cross-attention at every level | 11.2 M |
+| `scheduler` | DDIM, v-prediction, zero terminal SNR, trailing spacing | |
+
+Native size: 128 px (16 × 16 latent cells). Weights are fp16 safetensors, each file under 16 MB.
+
+## Measured quality
+
+{quality}
+
+Prompts name one object, every colour and shape equally often; of those from nothing every second
+names a background too. All is seeded. {sampling} A colour counts as there from 2 % of the picture
+(from nothing) or 10 % of the mask on. The shape is judged on the largest piece of the asked colour,
+by overlap with templates; the judge's own accuracy, in the table, is a ceiling. Masks are squares
+and discs of 45-75 % of the side, anywhere in the frame. "Source picture" asks the same of the
+untouched picture, "unasked colour" asks the result for a colour that nobody named.
+
+## Data
+
+Scenes drawn by `diffedit/training/scenes.py`, seed 0: one object (now and then two, with a
+relation) on a plain, gradient, striped, checkered or dotted background, on a photograph's crop, or
+on noise with a photograph's statistics. The photographs are those in scikit-image's wheel,
+**except** `astronaut`, `chelsea`, `coffee` and `rocket`: these four are kept for judging, and no
+part of the model was trained on them. Captions are made with the scene, in several wordings; no
+other text or picture was used.
+
+## Recipe
+
+`python -m diffedit.training.embedded --out DIR` makes the model again (seed 0; `--resume`,
+`--max-minutes`, `--device`). Batches of 32, bf16 autocast; Muon (2e-3) for matrices and kernels,
+AdamW for the rest; warm-up, plateau, straight line to zero; averaged weights (EMA 0.999).
+
+- Autoencoder: 64-px crops, half scenes, half photographs and photograph-like noise;
+  4·MSE + L1 + 1e-5·KL; the posterior's log-variance starts at -6.
+- Denoiser and text encoder together: v-prediction, min-SNR-5 weights with a floor of 0.2 (they
+  vanish at zero signal, where composition is decided), 10 % of the captions dropped; first simple
+  scenes, then 40 % of the batches with textures, styles, patterns, pairs and relations.
+{training}
+## Limits
+
+- It draws coloured shapes. It is no model of photographs: asked for a cat, it paints none.
+- Fine detail is lost in the autoencoder (8 × 8 pixels become 4 numbers): faces and print blur
+  wherever a photograph is repainted. diffedit pastes back only what the mask asks for.
+- Two objects and their relations, textures ("striped", "dotted") and styles ("outlined", "shaded",
+  "watercolor") were a minority of the training. What is not in the table is not claimed.
+- Made for 128 px. At larger sizes it has not been trained, and may draw more than one object.
+"""
+
+
+def card(figures: Mapping[str, Any]) -> str:
+    """The card's Markdown. Rows whose figures are missing are left out."""
+    sampling = figures.get("sampling", {})
+    return _TEMPLATE.format(
+        n_colours=len(COLOURS),
+        colours=", ".join(COLOURS),
+        n_shapes=len(SHAPES),
+        shapes=", ".join(SHAPES),
+        quality="\n".join(_quality(figures)),
+        sampling=f"{sampling['steps']} steps, guidance {sampling['guidance']:g}."
+        if sampling
+        else "",
+        training=_training(figures.get("training")),
+    )
+
+
+def _quality(figures: Mapping[str, Any]) -> list[str]:
+    lines = [_row("test", "n", "result", "chance or control"), "|---|---|---|---|"]
+    chance = f"chance {1 / len(SHAPES):.3f}"
+    if (vae := figures.get("autoencoder")) is not None:
+        scenes, photos = f"{vae['scenes_db']} dB", f"{vae['photos_db']} dB"
+        lines.append(_row("autoencoder: held-out scenes at 128 px", 64, scenes, ""))
+        lines.append(_row("autoencoder: the four kept photographs at 256 px", 4, photos, ""))
+    if (judges := figures.get("judges")) is not None:
+        n, absent = judges["n"], f"absent colour {judges['colour_false']:.2f}"
+        lines.append(_row("the colour judge itself, drawn scenes", n, judges["colour"], absent))
+        lines.append(_row("the shape judge itself, drawn scenes", n, judges["shape"], chance))
+    # Made with diffusers' pipelines; whatever else painted stands under "engines".
+    for engine, gates in ({"diffusers": figures} | dict(figures.get("engines", {}))).items():
+        if (made := gates.get("generation")) is not None:
+            n, unasked = made["n"], f"unasked colour {made['unasked_colour']:.2f}"
+            one_in = f"chance {1 / len(COLOURS):.3f}"
+            lines.append(_row(f"{engine}: from nothing, colour", n, made["colour"], unasked))
+            lines.append(_row(f"{engine}: from nothing, shape", n, made["shape"], chance))
+            lines.append(
+                _row(f"{engine}: from nothing, background", n // 2, made["background"], one_in)
+            )
+        for key, name in (("drawn", "into drawn backgrounds"), ("photos", "into kept photographs")):
+            if (made := gates.get(f"inpainting_{key}")) is not None:
+                n, before = made["n"], f"source picture {made['colour_before']:.2f}"
+                unasked = f"{before}, unasked colour {made['unasked_colour']:.2f}"
+                lines.append(
+                    _row(f"{engine}: inpainting {name}, colour", n, made["colour"], unasked)
+                )
+                unasked = f"{chance}, source picture {made['shape_before']:.2f}"
+                lines.append(_row(f"{engine}: inpainting {name}, shape", n, made["shape"], unasked))
+    return lines
+
+
+def _row(test: str, count: int | str, result: float | str, control: str) -> str:
+    shown = f"**{result:.2f}**" if isinstance(result, float) else result
+    return f"| {test} | {count} | {shown} | {control} |"
+
+
+def _training(told: Mapping[str, Any] | None) -> str:
+    if told is None:
+        return ""
+    vae, denoiser = told["vae"], told["denoiser"]
+    losses = ", ".join(f"{made['loss']:.4f} ({step})" for step, made in denoiser["figures"])
+    return f"""
+These weights: {vae["steps"]} steps of the autoencoder in {vae["minutes"]} minutes,
+{denoiser["steps"]} of the denoiser in {denoiser["minutes"]}, on two x86-64 cores with AVX-512 bf16,
+no GPU, shared with other work. The run was stopped and resumed several times, and its length was
+settled on the way. Validation loss (min-SNR-5 weights, held-out simple scenes), by step in
+brackets: {losses}.
+"""
