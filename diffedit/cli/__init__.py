@@ -63,6 +63,13 @@ class Commands(click.Group):
             ctx.fail(f"no command {name!r}{nearest(name, self.list_commands(ctx))}")
         return name if command else None, command, args[1:]
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. Click would answer Ctrl-C with an empty line of its own."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise click.exceptions.Exit(130) from None
+
     def _ask_plugins(self) -> None:
         if self._asked:
             return
@@ -130,13 +137,13 @@ def _run(arguments: list[str], state: dict[str, Any], quiet: bool) -> tuple[int,
     try:
         code = cli.main(arguments, prog_name="diffedit", standalone_mode=False, obj=state)
         sys.stdout.flush()
-        return code if isinstance(code, int) else 0, ""
+        return (130, _cancelled()) if code == 130 else (code if isinstance(code, int) else 0, "")
     except click.exceptions.Exit as stop:
         return stop.exit_code, ""
     except SystemExit as stop:  # a plugin's command
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None), ""
     except (KeyboardInterrupt, click.Abort):
-        return 130, "diffedit: cancelled, nothing was written"
+        return 130, _cancelled()
     except click.ClickException as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             return 2, error.format_message()
@@ -155,6 +162,11 @@ def _run(arguments: list[str], state: dict[str, Any], quiet: bool) -> tuple[int,
             return 2, _said(explain(error, "command line"), quiet)  # type: ignore[arg-type]
         hint = " (run again with --debug for the traceback)" if quiet else ""
         return 1, _said(f"{type(error).__name__}: {error}{hint}", quiet)
+
+
+def _cancelled() -> str:
+    # A terminal has "^C" on this line.
+    return f"{chr(10) * sys.stderr.isatty()}diffedit: cancelled"
 
 
 def _said(message: str, quiet: bool) -> str:
