@@ -690,16 +690,6 @@ def test_transparent_colour_does_not_bleed() -> None:
         assert Picture(pixels).resized((5, 5)).pixels[..., 1].max() <= top // 100
 
 
-def test_crop() -> None:
-    picture = Picture(noise(3), path=Path("a.png"))
-    part = picture.crop(2, 1, 10, 6)
-    np.testing.assert_array_equal(part.pixels, noise(3)[1:6, 2:10])
-    assert part.path == picture.path
-    for box in [(-1, 0, 5, 5), (0, 0, 18, 5), (5, 0, 5, 5), (0, 6, 5, 5)]:
-        with pytest.raises(ImageError, match="17x13"):
-            picture.crop(*box)
-
-
 # -- saving ------------------------------------------------------------------------------------
 
 
@@ -710,7 +700,7 @@ def test_png_round_trip(pixels: Array) -> None:
     assert again.digest == Picture(pixels).digest
 
 
-def test_png_filters_across_bands() -> None:
+def test_png_compresses_smooth_pictures() -> None:
     smooth = np.add.outer(np.arange(600), np.arange(50)).astype(np.uint16)[..., None] * [1, 40, 90]
     picture = Picture(smooth.astype(np.uint16))
     data = encode_png(picture)
@@ -770,7 +760,7 @@ def test_formats_that_cannot_hold_it(
 
 
 def test_picture_beyond_a_formats_size(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="png can"):
+    with pytest.raises(OutputError, match="cannot write"):
         save_picture(Picture(np.zeros((1, 16384, 3), np.uint8)), tmp_path / "o.webp")
     assert list(tmp_path.iterdir()) == []
 
@@ -861,7 +851,7 @@ def test_an_input_is_never_written_to(
     picture = open_picture(source)
     if how == "derived":
         picture = picture.with_rgb(1 - picture.rgb(), np.ones((13, 17), bool))
-        picture = picture.resized((9, 9)).crop(0, 0, 5, 5)
+        picture = picture.resized((9, 9))
     inputs = [source] if how == "inputs" else []
     if how == "inputs":
         picture = Picture(noise(4))
@@ -886,7 +876,7 @@ def test_failing_write_leaves_nothing(
     if broken == "replace":
         monkeypatch.setattr(os, "replace", fail)
     elif broken == "encode":
-        monkeypatch.setattr(zlib, "compressobj", fail)
+        monkeypatch.setattr(zlib, "compress", fail)
     else:
         monkeypatch.setattr(os, "fsync", fail)
     expected = KeyboardInterrupt if broken == "interrupt" else OutputError
