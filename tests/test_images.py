@@ -186,6 +186,8 @@ def test_unsupported_tiff_says_so() -> None:
     tifffile.imwrite(file, noise(4, np.uint16), photometric="separated")
     with pytest.raises(ImageError, match="SEPARATED"):
         open_picture(file.getvalue())
+    with pytest.raises(ImageError, match="CFA"):
+        open_picture(deep_tiff(noise(1, np.uint16), photometric="cfa"))
 
 
 def test_float_tiff() -> None:

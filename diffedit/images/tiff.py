@@ -38,7 +38,7 @@ def deep_pixels(data: bytes) -> tuple[Pixels, bytes | None] | None:
         if page.bitspersample <= 8 or page.dtype == np.float32:
             return None
         samples, colours = page.samplesperpixel, page.photometric.name
-        own = {"MINISBLACK": 1, "MINISWHITE": 1, "RGB": 3}.get(colours, 0)  # without extra samples
+        own = {"MINISBLACK": 1, "MINISWHITE": 1, "RGB": 3}.get(colours, -1)  # without extras
         if page.dtype != np.uint16 or page.bitspersample != 16 or samples - own not in (0, 1):
             raise ImageError(
                 f"{samples} x {page.bitspersample}-bit {page.dtype} {colours} pixels are not read, "
