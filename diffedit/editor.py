@@ -20,7 +20,8 @@ from diffedit.errors import Busy, DiffeditError, InputError
 from diffedit.images import ImageSource, Picture, open_picture
 from diffedit.models import loading
 from diffedit.models.protocol import LatentModel
-from diffedit.passes import Handover, Setting, run_pass
+from diffedit.passes import run_pass
+from diffedit.plan import Handover, Setting
 from diffedit.plugins import Plugins
 from diffedit.result import Result
 from diffedit.sampler import Step
