@@ -139,9 +139,12 @@ BAD = {
     "nothing to do": (edit(), "nothing to do: give --prompt, --edit or both"),
     "unknown scheduler": (
         edit(*PAINT, "--scheduler", "eular"),
-        "no scheduler 'eular' (did you mean 'euler'?)",
+        "unknown scheduler 'eular' (did you mean 'euler'?)",
     ),
-    "scheduler without img2img": (edit("-e", "img2img", "--scheduler", "ipndm"), "'ipndm'"),
+    "scheduler without img2img": (
+        edit("-e", "img2img", "--scheduler", "ipndm"),
+        "'ipndm' cannot be used: ",
+    ),
     "pickled checkpoint": (
         edit(*PAINT, "--model", "weights.ckpt"),
         "weights.ckpt: a pickle (.ckpt) can run any code",

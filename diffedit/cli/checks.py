@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffedit.errors import ImageError, InputError, OutputError, SchedulerError, nearest
+from diffedit.errors import ImageError, InputError, OutputError, SchedulerError
 
 if TYPE_CHECKING:
     from diffedit.images import Picture
@@ -101,13 +101,13 @@ def check_workflow(workflow: Workflow, picture: Picture | None) -> None:
             if picture is not None:
                 _check_region(edit, picture)
         if one.scheduler is not None:
-            from diffedit.schedulers import SCHEDULERS
+            from diffedit.schedulers import named
 
-            if one.scheduler not in SCHEDULERS:
+            try:
+                named(one.scheduler)
+            except SchedulerError as error:
                 place = f"passes.{number}: " if len(workflow.passes) > 1 else ""
-                raise SchedulerError(
-                    f"{place}no scheduler {one.scheduler!r}{nearest(one.scheduler, SCHEDULERS)}"
-                )
+                raise SchedulerError(f"{place}{error}") from None
 
 
 def _check_region(edit: object, picture: Picture) -> None:
