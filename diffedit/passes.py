@@ -112,8 +112,9 @@ class _Trip:
         """Patches, embed, draws, prepare, loop. Returns None when the latents are not finite."""
         pass_, schedule = self.plan.pass_, self.plan.schedule
         for part in self.merged.patches:
-            own = undo.enter_context(Untouched(self.model.parts(), part.owner, untouched))
-            with own.watching():
+            untouched = Untouched(self.model.parts(), part.owner, untouched)
+            undo.enter_context(untouched)
+            with untouched.watching():
                 restore: object = self.guard.call(part.owner, "patch", part.value.apply, self.model)
             if not callable(restore):
                 said = type(restore).__name__

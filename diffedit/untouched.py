@@ -43,9 +43,9 @@ class Untouched:
         }
         # An alias, made by .data, keeps the old storage alive when a plugin swaps it for another.
         self.weights = [(t, t.data, t.requires_grad) for t in held.values()]
-        self.versions: dict[int, int] = (
-            within.versions if within else {k: version(t) for k, t in held.items()}
-        )
+        self.within = within
+        self.began = {key: version(tensor) for key, tensor in held.items()}
+        self.versions = dict(self.began)
         self.copies: dict[int, Tensor] = {}
 
     def watching(self) -> TorchDispatchMode:
@@ -96,7 +96,10 @@ class Untouched:
                 with torch.no_grad():
                     data.copy_(copy)
                 left["weights"] = None
-            self.versions[id(tensor)] = version(tensor)
+            # Now it is as it was at the beginning: writes since then are no concern of the outer.
+            outer = self.within.versions if self.within else {}
+            if outer.get(id(tensor)) == self.began[id(tensor)]:
+                outer[id(tensor)] = version(tensor)
         return list(left)
 
 

@@ -18,7 +18,9 @@ SIZES = ((511, 387), (77, 501), (40, 30), (64, 64))
 
 
 @functools.cache
-def photograph(mode: str = "rgb8", size: tuple[int, int] = (120, 96), which: str = "chelsea") -> Pixels:
+def photograph(
+    mode: str = "rgb8", size: tuple[int, int] = (120, 96), which: str = "chelsea"
+) -> Pixels:
     """A photograph, cut or tiled by reflection to a size; 16-bit ones have real low bits."""
     width, height = size
     rgb = getattr(data, which)()[..., :3]
