@@ -70,6 +70,7 @@ class AutoencoderTask:
         pictures: int = 16_384,
         batch: int = 32,
         crop: int = 64,
+        held_out: int = 128,
         widths: tuple[int, ...] = WIDTHS,
         device: str = "cpu",
     ) -> None:
@@ -82,9 +83,9 @@ class AutoencoderTask:
         self.pool = pool(
             folder / "pictures.npy", pictures, partial(vae_picture, seed=seed, side=128), 128
         )
-        held = [vae_picture(i, seed=seed + HELD_OUT, side=128) for i in range(128)]
-        self.held_scenes = to_tensor(np.stack([held[i] for i in range(128) if i % 8 < 4]))
-        self.held_crops = to_tensor(np.stack([held[i] for i in range(128) if 4 <= i % 8 < 7]))
+        held = [vae_picture(i, seed=seed + HELD_OUT, side=128) for i in range(held_out)]
+        self.held_scenes = to_tensor(np.stack([held[i] for i in range(held_out) if i % 8 < 4]))
+        self.held_crops = to_tensor(np.stack([held[i] for i in range(held_out) if 4 <= i % 8 < 7]))
 
     def parts(self, step: int, generator: torch.Generator) -> list[Callable[[], Tensor]]:
         """Batch number ``step``: random crops of the pool's pictures."""

@@ -24,17 +24,20 @@ from diffedit.training.export import export, fold_statistics
 from diffedit.training.latents import World
 from diffedit.training.loop import Settings, train
 from diffedit.training.pool import scene_picture
-from diffedit.training.scenes import RICH, SIMPLE, draw_scene
+from diffedit.training.scenes import PLAIN, RICH, SIMPLE, draw_scene
 from diffedit.training.text import build_tokenizer
 
 log = logging.getLogger(__name__)
 
+PLAIN_128 = World("plain-128", PLAIN, 128)
 SIMPLE_128 = World("simple-128", SIMPLE, 128)
 RICH_128 = World("rich-128", RICH, 128)
 
 PHASES = (
     Phase(0, ((SIMPLE_128, 1.0),)),
-    Phase(2000, ((SIMPLE_128, 0.6), (RICH_128, 0.4))),
+    # By now colours are learnt and shapes are not: they need the clearest examples.
+    Phase(1100, ((PLAIN_128, 0.8), (SIMPLE_128, 0.2))),
+    Phase(2400, ((PLAIN_128, 0.5), (SIMPLE_128, 0.25), (RICH_128, 0.25))),
 )
 
 
@@ -88,13 +91,7 @@ def make(
     vae = _autoencoder(work, recipe, resume=resume, until=until, device=device)
     if vae is None:
         return 3
-    captions = (
-        draw_scene(recipe.seed, i, world.mix).caption
-        for phase in recipe.phases
-        for world, _ in phase.worlds
-        for i in range(6000)
-    )
-    tokenizer: CLIPTokenizer = build_tokenizer(captions, work / "tokenizer")
+    tokenizer = _tokenizer(work, recipe, resume=resume)
     task = DenoiserTask(work, vae, tokenizer, recipe.phases, seed=recipe.seed, device=device)
     settings = Settings(
         steps=0 if only_export else recipe.steps, seed=recipe.seed, minutes=_minutes_left(until)
@@ -130,6 +127,21 @@ def _autoencoder(
     fold(task.vae, seed=recipe.seed)
     task.vae.save_pretrained(done)
     return task.vae
+
+
+def _tokenizer(work: Path, recipe: Recipe, *, resume: bool) -> CLIPTokenizer:
+    """The captions' tokenizer; a resumed run keeps the one that its stored batches used."""
+    done = work / "tokenizer"
+    if resume and done.exists():
+        kept: CLIPTokenizer = CLIPTokenizer.from_pretrained(done)
+        return kept
+    captions = (
+        draw_scene(recipe.seed, i, world.mix).caption
+        for phase in recipe.phases
+        for world, _ in phase.worlds
+        for i in range(6000)
+    )
+    return build_tokenizer(captions, done)
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ class Growth:
     size: int = 2048
     first: int = 2
     steps: int = 160
-    most: int = 20
+    most: int = 8
 
     def chunks(self, step: int) -> int:
         """How many chunks there are ``step`` steps after the world came in."""

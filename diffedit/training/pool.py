@@ -51,12 +51,15 @@ def pool(path: Path, count: int, draw: Callable[[int], Pixels], side: int) -> ND
         unfinished, mode="w+", dtype=np.uint8, shape=(count, side, side, 3)
     )
     starts = range(0, count, _CHUNK)
-    # Spawned, not forked: torch's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(max(1, min(8, os.cpu_count() or 1))) as workers:
-        job = partial(_draw_chunk, count=count, draw=draw)
-        for start, chunk in zip(starts, workers.imap(job, starts), strict=True):
-            pictures[start : start + len(chunk)] = chunk
+    job = partial(_draw_chunk, count=count, draw=draw)
+    if len(starts) == 1:
+        pictures[:] = job(0)
+    else:
+        # Spawned, not forked: torch's threads do not survive a fork.
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(max(1, min(8, os.cpu_count() or 1))) as workers:
+            for start, chunk in zip(starts, workers.imap(job, starts), strict=True):
+                pictures[start : start + len(chunk)] = chunk
     pictures.flush()
     os.replace(unfinished, path)
     return pool(path, count, draw, side)

@@ -123,6 +123,9 @@ class Mix:
 SIMPLE = Mix()
 """The first world: mostly one flat object, half of the time before a plain or gradient colour."""
 
+PLAIN = Mix(photo=0.3, pattern=0.0, empty=0.0, pair=0.0, texture=0.0, style=0.0)
+"""The clearest world: one flat object before a plain or gradient colour, or a photograph."""
+
 RICH = Mix(photo=0.4, pattern=0.25, empty=0.03, pair=0.2, texture=0.25, style=0.25)
 """The second world: textures, patterns, styles, pairs and their relations."""
 

@@ -33,18 +33,21 @@ def build_tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=4096,
         min_frequency=1,
         show_progress=False,
-        special_tokens=[],
+        # Ties between merges are broken by the pieces' numbers, and those of the pieces that end a
+        # word follow a random hash order unless they are named beforehand.
+        special_tokens=[f"{byte}</w>" for byte in alphabet],
+        initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
     )
     # Each word once: the merges then do not depend on how often a caption was drawn.
     words = sorted({word for caption in captions for word in caption.lower().split()})
     tokenizer.train_from_iterator(words, trainer)
     merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     # CLIP's order: bytes, bytes that end a word, merges, the two markers.
     pieces = [*alphabet, *(f"{byte}</w>" for byte in alphabet), *("".join(m) for m in merges)]
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}

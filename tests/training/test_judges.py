@@ -28,7 +28,7 @@ def _picture(colour: str, shape: str, background: str, x: float = 0.5, y: float 
 def test_shapes_and_colours_of_drawn_objects() -> None:
     mix = Mix(photo=0.2, pair=0, empty=0, texture=0, style=0)
     right = seen = false = 0
-    for index in range(100):
+    for index in range(60):
         drawing = render(draw_scene(21, index, mix), 96)
         thing = drawing.scene.things[0]
         background = drawing.scene.background
@@ -38,8 +38,8 @@ def test_shapes_and_colours_of_drawn_objects() -> None:
         right += is_shape(segment(drawing.image, thing.colour), thing.shape)
         seen += colour_share(drawing.image, thing.colour) > 0.01
         false += background.kind == "plain" and colour_share(drawing.image, absent) > 0.02
-    assert right >= 92
-    assert seen >= 99
+    assert right >= 55
+    assert seen >= 59
     assert false == 0
 
 
@@ -74,12 +74,12 @@ def _idle(
 
 
 def test_the_gates_tell_a_painter_that_obeys_from_one_that_does_nothing() -> None:
-    cases = single_objects(24)
+    cases = single_objects(16)
     good, bad = generation(_Draws(), cases), generation(_idle, cases)
     assert good["colour"] == good["shape"] == good["background"] == 1
     assert good["unasked_colour"] <= 0.2
     assert bad["shape"] <= 0.05
-    items = inpaintings(16, "photos")
+    items = inpaintings(12, "photos")
     good, bad = inpainting(_Draws(), items), inpainting(_idle, items)
     assert good["colour"] == 1
     assert good["shape"] >= 0.9

@@ -19,6 +19,9 @@ def test_every_word_of_the_captions_is_one_token(tmp_path: Path) -> None:
     assert loaded("A Red  circle").input_ids == tokenizer("a red circle").input_ids
     assert (tmp_path / "vocab.json").exists()
     assert (tmp_path / "merges.txt").exists()
+    for number in range(4):
+        again = build_tokenizer(reversed(captions), tmp_path / str(number))
+        assert again.get_vocab() == tokenizer.get_vocab()
     ids = tokenise(tokenizer, ["a red circle", ""])
     assert ids.shape == (2, LENGTH)
     assert build_text_encoder(tokenizer)(ids).last_hidden_state.shape == (2, LENGTH, 128)
