@@ -188,6 +188,8 @@ class Denoiser:
                     raise PluginError(
                         part.owner, f"attention returned {type(qkv).__name__}, not a QKV"
                     )
+                if qkv.k.shape[:3] != qkv.v.shape[:3]:  # torch does not always notice
+                    raise PluginError(part.owner, "attention returned unequal numbers of k and v")
         return qkv
 
     def _combined(self, predictions: Mapping[str, Tensor], call: int) -> Tensor:
@@ -211,7 +213,8 @@ class Denoiser:
         ]
         if self.guard.diagnosing:
             for part in self.merged.terms:
-                self.guard.check_finite(part.owner, "the weight of a term", part.value.weight)
+                weight = torch.as_tensor(part.value.weight)
+                self.guard.check_finite(part.owner, "the weight of a term", weight)
         guided = with_terms(guided, predictions, terms)
         if self.rescale > 0 and NEGATIVE in predictions:
             guided = rescaled(guided, predictions["positive"], self.rescale)

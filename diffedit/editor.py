@@ -149,8 +149,9 @@ class Editor:
             latents: torch.Tensor | None = None
             records: list[dict[str, Any]] = []
             for index, pass_ in enumerate(workflow.passes):
-                steps = run_pass(pass_, given, setting)
-                outcome = yield from _numbered(steps, index, len(workflow.passes))
+                position = index, len(workflow.passes)
+                steps = run_pass(pass_, given, replace(setting, position=position))
+                outcome = yield from _numbered(steps, *position)
                 given = outcome.handover
                 latents = latents if outcome.latents is None else outcome.latents
                 records.append(outcome.record)

@@ -155,7 +155,8 @@ class _Trip:
         noise = [self.run.rng("step", item) for item in range(self.run.items)]
         for step in sample(denoise, latents, schedule, rng=noise, constrain=constrain):
             latents = step.latents
-            step = replace(step, _look=self.model.preview)
+            index, total = self.plan.setting.position
+            step = replace(step, _look=self.model.preview, pass_index=index, passes=total)
             self.plan.setting.plugins.notify("step_done", step=step)
             yield step
         self._lap("sample")

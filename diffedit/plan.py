@@ -62,6 +62,7 @@ class Setting:
         compat: compare with diffusers' own pipelines: one generator in their draw order, no crop,
             nearest binary masks, posterior samples, edits as listed.
         load: loads something heavy once per editor.
+        position: which pass of how many this is, counted from 0.
     """
 
     model: LatentModel
@@ -69,6 +70,7 @@ class Setting:
     seeds: tuple[int, ...]
     compat: bool = False
     load: Callable[[str, Callable[[], Any]], Any] = field(default=lambda key, loader: loader())
+    position: tuple[int, int] = (0, 1)
 
 
 class Plan:

@@ -141,7 +141,7 @@ class Plugins:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit too: a script that was named as a plugin
-            said = str(error).splitlines()[0] if str(error) else "no message"
+            said = " ".join(str(error).split()) or "no message"
             self._broken[point.name] = f"{type(error).__name__}: {said}"
             log.warning("plugin %r was left out: %s", point.name, self._broken[point.name])
 

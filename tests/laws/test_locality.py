@@ -1,4 +1,4 @@
-"""Law 1: outside mask and feather every value is the source's own, in every mode, after any chain."""
+"""Law 1: outside mask and feather every value is the source's own, after any chain of edits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the laws share: an editor with control networks, and edits that do one thing."""
+"""What the tests of the laws share: a watched editor, and edits that do one thing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class Watched:
 
     def __init__(self, plugins: Plugins | None = None, **options: Any) -> None:
         self.editor: Editor = testing.tiny_editor(plugins, **options)
-        self.model: Any = self.editor.model
+        model: Any = self.editor.model
+        self.model = model
         for number in (1, 2):
             net = testing.tiny_control_net(self.model.pipe, seed=number)
             self.editor._resources[f"control:net{number}:"] = net
@@ -49,9 +50,13 @@ class Watched:
         self.outputs: list[torch.Tensor] = []
         self.encoded: list[torch.Tensor] = []
         self.embedded: list[str] = []
-        self._wrap("predict", lambda x, made: (self.inputs.append(x), self.outputs.append(made)))
+        self._wrap("predict", self._predicted)
         self._wrap("encode", lambda pixels, made: self.encoded.append(pixels))
         self._wrap("embed", lambda prompts, made: self.embedded.extend(prompts))
+
+    def _predicted(self, x: Any, made: torch.Tensor) -> None:
+        self.inputs.append(x)
+        self.outputs.append(made)
 
     def _wrap(self, name: str, note: Callable[[Any, Any], Any]) -> None:
         original = getattr(self.model, name)
