@@ -5,6 +5,7 @@ A diffusers pipeline serves as a bundle of components and loaders; it is never c
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -154,12 +155,13 @@ class StableDiffusion:
                     " its folder or hub id (controlnet: model)"
                 )
         net: Any = loading.pretrained(ControlNetModel, source, torch_dtype=self.dtype)
-        mine, its = self.unet.config, net.config
         for key in ("cross_attention_dim", "block_out_channels"):
-            if getattr(mine, key) != getattr(its, key):
+            # A config from a file has lists where one from a constructor has tuples.
+            mine, its = (json.dumps(part.config[key]) for part in (self.unet, net))
+            if mine != its:
                 raise ModelError(
                     f"{source}: this control network was made for another model: its {key} is"
-                    f" {getattr(its, key)}, the loaded model's is {getattr(mine, key)}"
+                    f" {its}, the loaded model's is {mine}"
                 )
         return net.to(self.device).eval().requires_grad_(False)
 

@@ -14,22 +14,23 @@ if TYPE_CHECKING:
 
     Pixels8 = npt.NDArray[np.uint8]
 
-#: Where the detectors' authors publish their weights.
+#: Where the detectors' authors publish their weights. They are pickles, which torch (2.6 and later)
+#: reads as tensors only; the detectors know no other format.
 ANNOTATORS = "lllyasviel/Annotators"
 
-#: name: (class in controlnet_aux, usual weights or None, what it finds)
-DETECTORS: dict[str, tuple[str, str | None, str]] = {
-    "depth_leres": ("LeresDetector", ANNOTATORS, "depth (LeReS)"),
-    "depth_midas": ("MidasDetector", ANNOTATORS, "depth (MiDaS)"),
-    "depth_zoe": ("ZoeDetector", ANNOTATORS, "depth (ZoeDepth)"),
-    "hed": ("HEDdetector", ANNOTATORS, "soft edges (HED)"),
-    "lineart": ("LineartDetector", ANNOTATORS, "line drawing"),
-    "lineart_anime": ("LineartAnimeDetector", ANNOTATORS, "line drawing of cartoons"),
-    "mlsd": ("MLSDdetector", ANNOTATORS, "straight lines (M-LSD)"),
-    "normal_bae": ("NormalBaeDetector", ANNOTATORS, "surface normals (Bae)"),
-    "openpose": ("OpenposeDetector", ANNOTATORS, "body pose"),
-    "pidinet": ("PidiNetDetector", ANNOTATORS, "soft edges (PiDiNet)"),
-    "shuffle": ("ContentShuffleDetector", None, "the picture, shuffled"),
+#: name: (class in controlnet_aux, what it finds). Left out: ContentShuffleDetector, which draws
+#: from NumPy's global generator, so that no result could be made again.
+DETECTORS: dict[str, tuple[str, str]] = {
+    "depth_leres": ("LeresDetector", "depth (LeReS)"),
+    "depth_midas": ("MidasDetector", "depth (MiDaS)"),
+    "depth_zoe": ("ZoeDetector", "depth (ZoeDepth)"),
+    "hed": ("HEDdetector", "soft edges (HED)"),
+    "lineart": ("LineartDetector", "line drawing"),
+    "lineart_anime": ("LineartAnimeDetector", "line drawing of cartoons"),
+    "mlsd": ("MLSDdetector", "straight lines (M-LSD)"),
+    "normal_bae": ("NormalBaeDetector", "surface normals (Bae)"),
+    "openpose": ("OpenposeDetector", "body pose"),
+    "pidinet": ("PidiNetDetector", "soft edges (PiDiNet)"),
 }
 
 
@@ -53,14 +54,14 @@ def _detector(name: str, weights: str | None) -> Callable[[Pixels8], Pixels8]:
     import controlnet_aux
     import numpy as np
 
-    cls, usual, _ = DETECTORS[name]
-    made: Any = getattr(controlnet_aux, cls)
+    source = weights or ANNOTATORS
+    made: Any = getattr(controlnet_aux, DETECTORS[name][0])
     try:
-        detector = made() if usual is None else made.from_pretrained(weights or usual)
+        detector = made.from_pretrained(source)
     except Exception as error:
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise errors.ModelError(
-            f"preprocessor {name!r}: no weights to load from {weights or usual!r} ({said});"
+            f"preprocessor {name!r}: no weights to load from {source!r} ({said});"
             " give a folder that holds them (controlnet: weights)"
         ) from error
 
@@ -84,7 +85,7 @@ def _detector(name: str, weights: str | None) -> Callable[[Pixels8], Pixels8]:
 PREPROCESSORS = (
     Preprocessor("canny", lambda weights: canny, "edges (Canny)"),
     *(
-        Preprocessor(name, functools.partial(_detector, name), found, usual)
-        for name, (_, usual, found) in DETECTORS.items()
+        Preprocessor(name, functools.partial(_detector, name), found, ANNOTATORS)
+        for name, (_, found) in DETECTORS.items()
     ),
 )

@@ -1,0 +1,152 @@
+"""The controlnet plugin: hints, preprocessors, and control networks from files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from skimage import data
+
+from diffedit import Editor, Pass, errors
+from diffedit.models.stable_diffusion import StableDiffusion
+from diffedit.testing import make_run, tiny_control_net, tiny_editor, tiny_pipeline
+from diffedit_controlnet import ControlNet
+from diffedit_controlnet.preprocessors import DETECTORS, canny
+from diffedit_inpaint import Inpaint
+
+PHOTO = data.chelsea()[40:168, 100:228]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A control network for the tiny model, saved as a user has it."""
+    place = tmp_path_factory.mktemp("net")
+    tiny_control_net(tiny_pipeline()).save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def editor() -> Editor:
+    return tiny_editor()
+
+
+def made(editor: Editor, *edits: ControlNet | Inpaint) -> np.ndarray:
+    return editor.run(PHOTO, Pass(prompt="a cat", steps=2, edits=edits), seed=1).pixels
+
+
+def test_canny_finds_the_edge_of_a_square() -> None:
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[16:48, 16:48] = 255
+    found = canny(picture)
+    assert found.shape == picture.shape
+    assert set(np.unique(found)) == {0, 255}
+    ys, xs = np.nonzero(found[..., 0])
+    assert (ys.min(), xs.min()) in {(15, 15), (16, 16)}
+    assert (ys.max(), xs.max()) in {(47, 47), (48, 48)}
+    assert not found[24:40, 24:40].any()
+
+
+def test_hint_from_the_picture_equals_the_same_hint_ready_made(
+    editor: Editor, folder: Path
+) -> None:
+    ready = cv2.Canny(np.ascontiguousarray(PHOTO), 100, 200)
+    computed = made(editor, ControlNet(model=str(folder), kind="canny"))
+    given = made(editor, ControlNet(model=str(folder), kind="none", image=ready))
+    assert (computed == given).all()
+    assert (computed != made(editor, ControlNet(model=str(folder), weight=0))).any()
+
+
+def test_weight_nought_and_an_empty_window_are_no_control(editor: Editor, folder: Path) -> None:
+    bare = made(editor)
+    assert (made(editor, ControlNet(model=str(folder), weight=0)) == bare).all()
+    assert (made(editor, ControlNet(model=str(folder), start=0.3, end=0.4)) == bare).all()
+
+
+def test_hints_follow_the_region(editor: Editor, folder: Path) -> None:
+    """A hint of the whole picture is cropped with it: far from the mask it cannot matter."""
+    mask = np.zeros(PHOTO.shape[:2], np.uint8)
+    mask[8:40, 8:40] = 255
+    hole = Inpaint(mask=mask, feather=0, margin=4)
+    near, far = np.zeros((2, *PHOTO.shape), np.uint8)
+    near[5:45:4] = 255
+    far[100:120:4] = 255
+    empty = np.zeros_like(PHOTO)
+    results = [
+        made(editor, hole, ControlNet(model=str(folder), kind="none", image=hint, weight=4))
+        for hint in (empty, near, far)
+    ]
+    assert (results[0] == results[2]).all()
+    assert (results[0] != results[1]).any()
+
+
+def test_two_items_each_follow_their_own_picture(editor: Editor, folder: Path) -> None:
+    """In a second pass the pictures of a batch differ, and so do their hints."""
+    passes = [Pass(prompt="a cat", steps=2), Pass(steps=2, edits=[ControlNet(model=str(folder))])]
+    both = editor.run(PHOTO, passes, seed=[1, 2])
+    for item, seed in enumerate((1, 2)):
+        alone = editor.run(PHOTO, passes, seed=seed).pixels.astype(int)
+        assert abs(both.pictures[item].pixels - alone).max() <= 1  # batching changes floats
+
+
+def test_detector_with_weights_from_a_folder(tmp_path: Path) -> None:
+    from controlnet_aux.hed import ControlNetHED_Apache2
+
+    torch.manual_seed(0)
+    torch.save(ControlNetHED_Apache2().state_dict(), tmp_path / "ControlNetHED.pth")
+    detect = make_run(PHOTO).preprocess("hed", str(tmp_path))
+    found = detect(np.ascontiguousarray(PHOTO[:100]))
+    assert found.shape == (100, 128, 3)
+    assert found.dtype == np.uint8
+
+
+def test_every_detector_is_a_class_of_controlnet_aux() -> None:
+    import controlnet_aux
+
+    for cls, _ in DETECTORS.values():
+        assert hasattr(getattr(controlnet_aux, cls), "from_pretrained")
+
+
+def test_detectors_are_imported_when_used_only() -> None:
+    code = (
+        "import sys, diffedit; diffedit.edits()['controlnet'](kind='hed')\n"
+        "assert 'controlnet_aux' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_missing_weights_say_which_option_names_them(tmp_path: Path) -> None:
+    run = make_run(PHOTO)
+    with pytest.raises(errors.ModelError, match=r"hed.*controlnet: weights"):
+        run.preprocess("hed", str(tmp_path))
+    with pytest.raises(errors.ParameterError, match="did you mean 'canny'"):
+        run.preprocess("cany")
+
+
+def test_networks_that_do_not_fit_are_refused(editor: Editor, tmp_path: Path) -> None:
+    net = tiny_control_net(tiny_pipeline())
+    net.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    with pytest.raises(errors.UnsafeWeights, match="pickle"):
+        made(editor, ControlNet(model=str(tmp_path / "pickled")))
+    with pytest.raises(errors.ModelError, match="no such folder"):
+        made(editor, ControlNet(model=str(tmp_path / "nowhere")))
+    with pytest.raises(errors.CapabilityError, match="no control network of its own"):
+        made(editor, ControlNet())
+    config = dict(net.config, cross_attention_dim=64)
+    type(net).from_config(config).save_pretrained(tmp_path / "other")
+    with pytest.raises(errors.ModelError, match="cross_attention_dim"):
+        made(editor, ControlNet(model=str(tmp_path / "other")))
+
+
+def test_the_models_own_network(tmp_path: Path) -> None:
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path)
+    tiny_control_net(pipe).save_pretrained(tmp_path / "controlnet")
+    own = Editor(StableDiffusion(pipe, str(tmp_path)))
+    named = tiny_editor()
+    expected = made(named, ControlNet(model=str(tmp_path / "controlnet")))
+    assert (made(own, ControlNet()) == expected).all()
