@@ -1,0 +1,148 @@
+"""What the engine itself costs per step: a model that does nothing, and the bare scheduler."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from statistics import median
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from diffedit import Contribution, Edit, Editor, ModelInput, Pass, Residuals, Run
+from diffedit.models.protocol import Conditioning
+from diffedit.schedulers import Schedule, build
+from diffedit_inpaint import Inpaint
+
+SIDE = 64
+
+
+class Nothing:
+    """A `LatentModel` whose denoiser returns what it is given, at once."""
+
+    capabilities: frozenset[str] = frozenset()
+    grid = 8
+    sides = (SIDE, SIDE)
+    channels = 4
+    device = torch.device("cpu")
+    dtype = torch.float32
+    info: Mapping[str, Any] = {"source": "nothing", "family": "bench"}
+
+    def __init__(self) -> None:
+        self.scheduler: Any = DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+        )
+
+    def embed(self, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
+        return Conditioning({"text": torch.zeros(len(prompts), 1, 8)})
+
+    def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return F.avg_pool2d(pixels[:, [0, 1, 2, 0]], self.grid)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return F.interpolate(latents[:, :3], scale_factor=self.grid).clamp(0, 1)
+
+    def preview(self, x0: Tensor) -> Tensor:
+        return x0[:, :3].clamp(0, 1)
+
+    def schedule(
+        self, name: str | None, steps: int, at: float = 1.0, *, compat: bool = False
+    ) -> Schedule:
+        return Schedule(build(name, self.scheduler), steps, at=at, compat=compat)
+
+    def load_control(self, source: str | None, kind: str | None = None) -> Any:
+        raise NotImplementedError
+
+    def control(self, net: Any, x: ModelInput, hint: Tensor, weight: float) -> Residuals:
+        raise NotImplementedError
+
+    def attending(self, transform: Any) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def predict(self, x: ModelInput) -> Tensor:
+        return x.latents
+
+    def parts(self) -> Iterable[torch.nn.Module]:
+        return []
+
+
+class Refining(Edit):
+    """Has the core work out the clean latents in each step, and changes nothing."""
+
+    name: ClassVar[str] = "bench-refine"
+
+    def contribute(self, run: Run) -> Contribution:
+        return Contribution(refine=lambda x0, step: x0)
+
+
+class Cost(NamedTuple):
+    """Milliseconds per step, medians over the rounds: of the clock, and of this thread's CPU."""
+
+    wall: float
+    cpu: float
+
+
+def engine_cost(rounds: int, steps: int) -> dict[str, Cost]:
+    """Milliseconds per step by what was run; the scheduler's own step stands beside them."""
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[16:40, 16:40] = 255
+    sets: dict[str, list[Edit]] = {
+        "no edit": [],
+        "inpaint (keep)": [Inpaint(mask=mask, feather=4)],
+        "a refine": [Refining()],
+        "both": [Inpaint(mask=mask, feather=4), Refining()],
+    }
+    runs: dict[str, Callable[[], Cost]] = {
+        name: _running(Pass(prompt="", steps=steps, scheduler="ddim", guidance=5.0, edits=edits))
+        for name, edits in sets.items()
+    }
+    runs["scheduler alone"] = lambda: scheduler_alone(steps)
+    found: dict[str, list[Cost]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            cost = run()
+            if turn:  # the first turn warms up
+                found[name].append(cost)
+    return {
+        name: Cost(median(c.wall for c in costs), median(c.cpu for c in costs))
+        for name, costs in found.items()
+    }
+
+
+def _running(pass_: Pass) -> Callable[[], Cost]:
+    """A run with a picture of the model's own size; time counts from the first step to the last."""
+    made = Editor(Nothing())
+    image = np.full((SIDE, SIDE, 3), 128, np.uint8)
+
+    def run() -> Cost:
+        with made.stream(image, pass_, seed=7) as events:
+            next(events)
+            wall, cpu = time.perf_counter(), time.thread_time()
+            for step in events:
+                if step.index + 1 == step.total:  # what follows is no part of the loop
+                    taken = 1e3 / step.index
+                    cost = Cost(
+                        taken * (time.perf_counter() - wall), taken * (time.thread_time() - cpu)
+                    )
+        return cost
+
+    return run
+
+
+@torch.no_grad()
+def scheduler_alone(steps: int) -> Cost:
+    """The scheduler's own step, in a loop that does nothing else."""
+    scheduler = copy.deepcopy(build("ddim", Nothing().scheduler))
+    scheduler.set_timesteps(steps)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    wall, cpu = time.perf_counter(), time.thread_time()
+    for t in scheduler.timesteps:
+        latents = scheduler.step(latents, t, latents, return_dict=False)[0]
+    taken = 1e3 / steps
+    return Cost(taken * (time.perf_counter() - wall), taken * (time.thread_time() - cpu))

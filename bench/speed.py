@@ -1,0 +1,462 @@
+"""How fast diffedit is beside diffusers' own pipelines: see README.md in this folder.
+
+python bench/speed.py --what inpaint,img2img --model tiny --rounds 5 --json out.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+# Before anything imports torch: nothing here is downloaded.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+from PIL import Image
+from skimage import data
+
+from bench import measure, models
+from bench.engine import engine_cost
+from bench.measure import Contestant, Ratio, race, ratio
+from diffedit import Editor, Pass
+from diffedit_img2img import Img2Img
+from diffedit_inpaint import Inpaint
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).with_name("README.md")
+PROMPT, NEGATIVE, SEED, GUIDANCE = "a red circle", "blurry", 7, 5.0
+#: Share of the picture that the inpainting mask covers.
+COVERED = 0.05
+STRENGTH = 0.6
+
+
+@dataclass(frozen=True)
+class Target:
+    """A line of the issue, and whether this run reached it."""
+
+    says: str
+    found: str
+    reached: bool
+
+    def __str__(self) -> str:
+        return f"{self.says}: **{self.found}**, {'reached' if self.reached else 'NOT REACHED'}"
+
+
+@dataclass
+class Report:
+    """What one measurement found.
+
+    Attributes:
+        title: what was measured, on what.
+        head: names of the table's columns.
+        rows: its rows, as text.
+        targets: what was to be reached.
+        notes: what else is to be said.
+        data: everything in numbers.
+    """
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    targets: list[Target]
+    notes: list[str]
+    data: dict[str, Any]
+
+    def markdown(self) -> str:
+        lines = [self.head, ["---"] * len(self.head), *self.rows]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        said = "\n".join(f"- {line}" for line in [*self.targets, *self.notes])
+        return f"### {self.title}\n\n{table}\n\n{said}\n"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all measurements share: as on the command line."""
+
+    rounds: int
+    steps: int
+    side: int
+
+
+# --- what is measured -----------------------------------------------------------------------------
+
+
+def photograph(side: int) -> Image.Image:
+    """A real photograph: Eileen Collins, NASA, in the public domain."""
+    return Image.fromarray(data.astronaut()).resize((side, side), Image.Resampling.LANCZOS)
+
+
+def square_mask(side: int) -> Image.Image:
+    """A square in the middle of the picture that covers `COVERED` of it."""
+    edge = round(math.sqrt(COVERED) * side)
+    low = (side - edge) // 2
+    mask = np.zeros((side, side), np.uint8)
+    mask[low : low + edge, low : low + edge] = 255
+    return Image.fromarray(mask)
+
+
+def inpaint(model: str, settings: Settings) -> Report:
+    """A small mask on a large picture: ours, diffusers on all of it, diffusers on the same crop."""
+    made = models.editor(model)
+    pipe = models.peer(StableDiffusionInpaintPipeline, made)
+    image, mask = photograph(settings.side), square_mask(settings.side)
+    pass_ = _pass(settings, Inpaint(mask=mask))
+    where = made.run(image, _pass(settings, Inpaint(mask=mask), steps=1), seed=SEED).passes[0]
+    left, _, right, _ = where["region"]
+    width, height = where["working_size"]
+    box = Inpaint(mask=mask, feather=0, margin=0).region(_picture(image))
+    pad = (right - left - box.width) // 2
+
+    def theirs(**crop: Any) -> Image.Image:
+        return _theirs(pipe, settings, image=image, mask_image=mask, **crop)
+
+    ours = Contestant("diffedit", lambda: made.run(image, pass_, seed=SEED).image, pipe)
+    full = Contestant(
+        f"diffusers, all {settings.side}×{settings.side}",
+        lambda: theirs(width=settings.side, height=settings.side),
+        pipe,
+    )
+    crop = Contestant(
+        f"diffusers, padding_mask_crop={pad}",
+        lambda: theirs(width=width, height=height, padding_mask_crop=pad),
+        pipe,
+    )
+    race([ours, full, crop], settings.rounds)
+    over_full, over_crop = ratio(full, ours), ratio(ours, crop)
+    busy = ratio(full, ours, "cpu"), ratio(ours, crop, "cpu")
+    title = (
+        f"inpaint: {box.width}×{box.height} mask ({COVERED:.0%}) on"
+        f" {settings.side}×{settings.side}, {_called(made, model)}, {settings.steps} steps"
+    )
+    notes = [
+        f"the same two by CPU time: {busy[0]} and {busy[1]}",
+        f"the crop: {right - left} px of the picture, worked on at {width}×{height}, on both sides",
+    ]
+    return _raced(
+        title,
+        [ours, full, crop],
+        [
+            _at_least("diffusers on the full picture takes ≥ 8× as long as diffedit", over_full, 8),
+            _not_slower("diffedit takes no longer than padding_mask_crop", over_crop),
+        ],
+        [over_full, over_crop, *busy],
+        notes,
+    )
+
+
+def img2img(model: str, settings: Settings) -> Report:
+    """The whole picture, at a size that the model takes without scaling; and diffusers twice."""
+    made = models.editor(model)
+    pipe = models.peer(StableDiffusionImg2ImgPipeline, made)
+    side = min(settings.side, made.model.sides[1])
+    image = photograph(side)
+    pass_ = _pass(settings, Img2Img(strength=STRENGTH))
+
+    def theirs() -> Image.Image:
+        return _theirs(pipe, settings, image=image, strength=STRENGTH)
+
+    ours = Contestant("diffedit", lambda: made.run(image, pass_, seed=SEED).image, pipe)
+    peer = Contestant("diffusers", theirs, pipe)
+    again = Contestant("diffusers again", theirs, pipe)
+    race([ours, peer, again], settings.rounds)
+    found, noise = ratio(ours, peer), ratio(again, peer)
+    busy = ratio(ours, peer, "cpu"), ratio(again, peer, "cpu")
+    return _raced(
+        f"img2img: strength {STRENGTH}, all {side}×{side}, {_called(made, model)},"
+        f" {settings.steps} steps",
+        [ours, peer, again],
+        [_not_slower("diffedit takes no longer than diffusers", found, noise)],
+        [found, noise, *busy],
+        [
+            f"noise: diffusers against itself {noise}",
+            f"the same two by CPU time: {busy[0]} and {busy[1]}",
+        ],
+    )
+
+
+def engine(settings: Settings) -> Report:
+    """The engine's own cost per step, beyond the scheduler's, on a denoiser that does nothing."""
+    steps = settings.steps
+    costs = engine_cost(settings.rounds, steps)
+    bare = costs.pop("scheduler alone")
+    own = {name: (c.wall - bare.wall, c.cpu - bare.cpu) for name, c in costs.items()}
+    worst = max(cpu for _, cpu in own.values())
+    return Report(
+        f"engine: its own cost per step, {steps} steps of ddim, 2 branches of 4×8×8 latents",
+        ["edits", "per step, ms", "engine's own, ms (clock)", "engine's own, ms (CPU)"],
+        [
+            *(
+                [name, f"{costs[name].wall:.3f}", f"{wall:.3f}", f"{cpu:.3f}"]
+                for name, (wall, cpu) in own.items()
+            ),
+            ["scheduler.step alone", f"{bare.wall:.3f}", "", f"{bare.cpu:.3f} (its own)"],
+        ],
+        [Target("≤ 0.5 ms of CPU per step", f"{worst:.3f} ms", worst <= 0.5)],
+        ["on a busy machine the clock also counts the time that others had the core"],
+        {"scheduler_ms": bare._asdict(), **{n: c._asdict() for n, c in costs.items()}},
+    )
+
+
+def help_(settings: Settings) -> Report:
+    """What ``diffedit --help`` costs; its imports decide that."""
+    script = Path(sys.executable).with_name("diffedit")
+    cli = [str(script), "--help"]
+    python = [sys.executable, "-c", "pass"]
+    runs: dict[str, list[float]] = {"diffedit --help": [], "python -c pass": []}
+    for turn in range(max(10, settings.rounds) + 1):
+        for (_, times), command in zip(runs.items(), (cli, python), strict=True):
+            seconds = measure.cpu_seconds(command)
+            if turn:
+                times.append(seconds)
+    found = median(runs["diffedit --help"])
+    return Report(
+        "help: CPU time (user + system) of a process",
+        ["command", "median s", "least", "most"],
+        [
+            [f"`{name}`", f"{median(t):.3f}", f"{min(t):.3f}", f"{max(t):.3f}"]
+            for name, t in runs.items()
+        ],
+        [Target("`diffedit --help` takes < 0.3 s of CPU", f"{found:.3f} s", found < 0.3)],
+        [],
+        runs,
+    )
+
+
+def bf16(model: str, settings: Settings) -> Report:
+    """bfloat16 beside float32: how much faster, and how different the pictures are."""
+    kinds = {kind: models.editor(model, kind) for kind in ("float32", "bfloat16")}
+    sides = kinds["float32"].model.sides
+    whole, photo = photograph(min(settings.side, sides[1])), photograph(settings.side)
+    jobs = {
+        "inpaint": (photo, _pass(settings, Inpaint(mask=square_mask(settings.side)))),
+        "img2img": (whole, _pass(settings, Img2Img(strength=STRENGTH))),
+    }
+    raced: list[Contestant] = []
+    notes: list[str] = []
+    found: list[Ratio] = []
+    for job, (image, pass_) in jobs.items():
+        pair = [
+            Contestant(f"{job}, {kind}", _run(made, image, pass_), made.model.pipe)  # type: ignore[attr-defined]
+            for kind, made in kinds.items()
+        ]
+        race(pair, settings.rounds)
+        exact, rough = (made.run(image, pass_, seed=SEED).pixels for made in kinds.values())
+        changed = np.asarray(image) != exact
+        by_clock, by_cpu = ratio(pair[0], pair[1]), ratio(pair[0], pair[1], "cpu")
+        found += [by_clock, by_cpu]
+        notes.append(
+            f"{job}: float32 takes {by_clock} as long as bfloat16 (CPU time: {by_cpu}); the"
+            f" pictures are {psnr(exact, rough):.1f} dB PSNR apart,"
+            f" {psnr(exact[changed], rough[changed]):.1f} dB where they changed"
+        )
+        raced += pair
+    title = f"bf16: {_called(kinds['float32'], model)}, {settings.steps} steps"
+    return _raced(title, raced, [], found, notes)
+
+
+# --- how ------------------------------------------------------------------------------------------
+
+
+def _pass(settings: Settings, *edits: Any, steps: int | None = None) -> Pass:
+    return Pass(
+        prompt=PROMPT,
+        negative=NEGATIVE,
+        steps=steps or settings.steps,
+        guidance=GUIDANCE,
+        edits=edits,
+    )
+
+
+def _run(made: Editor, image: Image.Image, pass_: Pass) -> Callable[[], Image.Image]:
+    return lambda: made.run(image, pass_, seed=SEED).image
+
+
+def _theirs(pipe: Any, settings: Settings, **call: Any) -> Image.Image:
+    made: Image.Image = pipe(
+        prompt=PROMPT,
+        negative_prompt=NEGATIVE,
+        num_inference_steps=settings.steps,
+        guidance_scale=GUIDANCE,
+        generator=torch.Generator().manual_seed(SEED),
+        **call,
+    ).images[0]
+    return made
+
+
+def _picture(image: Image.Image) -> Any:
+    from diffedit.images import open_picture
+
+    return open_picture(image)
+
+
+def _called(made: Editor, model: str) -> str:
+    counts = made.model.info["parameters"]
+    said = ", ".join(f"{part} {counts[part] / 1e6:.1f} M" for part in ("unet", "vae"))
+    return f"model {model} ({said})"
+
+
+def _at_least(says: str, found: Ratio, least: float) -> Target:
+    return Target(says, str(found), found.value >= least)
+
+
+def _not_slower(says: str, found: Ratio, noise: Ratio | None = None) -> Target:
+    """A ratio of at most 1, or within what the same thing differs from itself by."""
+    allowed = max(1.02, noise.value if noise else 1.0)
+    return Target(says, str(found), found.value <= allowed)
+
+
+def psnr(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
+    """Peak signal-to-noise ratio of 8-bit values, in dB; infinite where they are equal."""
+    error = float(np.square(a.astype(np.float64) - b).mean()) if a.size else 0.0
+    return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+def _raced(
+    title: str,
+    contestants: Sequence[Contestant],
+    targets: list[Target],
+    ratios: Sequence[Ratio],
+    notes: list[str],
+) -> Report:
+    phases = ["text", "encode", "unet", "decode", "rest"]
+    rows = [
+        [
+            one.name,
+            f"**{median(one.seconds):.3f}** ({min(one.seconds):.3f}–{max(one.seconds):.3f})",
+            f"{median(one.cpu):.3f}",
+            *(f"{one.phase(phase):.3f}" for phase in phases),
+            "–" if one.peak_mib is None else f"{one.peak_mib:.0f}",
+            one.work,
+        ]
+        for one in contestants
+    ]
+    return Report(
+        title,
+        ["", "s (least–most)", "CPU s", *phases, "peak MiB", "UNet calls × input"],
+        rows,
+        targets,
+        notes,
+        {
+            "contestants": [one.record() for one in contestants],
+            "ratios": [one._asdict() for one in ratios],
+        },
+    )
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+ON_MODELS: dict[str, Callable[[str, Settings], Report]] = {
+    "inpaint": inpaint,
+    "img2img": img2img,
+    "bf16": bf16,
+}
+ALONE: dict[str, Callable[[Settings], Report]] = {"engine": engine, "help": help_}
+#: Sampling steps unless told otherwise: a full-size run of `random` takes seconds per step.
+STEPS = {"tiny": 10, "random": 4, "nano": 2}
+
+
+def reports(options: argparse.Namespace) -> Iterator[Report]:
+    """Measure what was asked for, in the order asked."""
+    for what in options.what:
+        if what in ALONE:
+            yield ALONE[what](Settings(options.rounds, options.steps or 200, options.side))
+            continue
+        for model in options.model:
+            steps = options.steps or STEPS[model]
+            yield ON_MODELS[what](model, Settings(options.rounds, steps, options.side))
+
+
+def _listed(known: Sequence[str]) -> Callable[[str], list[str]]:
+    def split(said: str) -> list[str]:
+        names = said.split(",")
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
+        return names
+
+    return split
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Report]:
+    parser = argparse.ArgumentParser(description="Benchmarks against diffusers, side by side.")
+    whats = [*ON_MODELS, *ALONE]
+    parser.add_argument(
+        "--what", type=_listed(whats), default=whats, help=f"of {', '.join(whats)}; default: all"
+    )
+    parser.add_argument(
+        "--model", type=_listed(models.MODELS), default=["tiny", "random"], help="default: both"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="timed turns of each (default 5)")
+    parser.add_argument("--steps", type=int, help="sampling steps (default 10; random: 4)")
+    parser.add_argument("--side", type=int, default=768, help="of the picture, px (default 768)")
+    parser.add_argument("--threads", type=int, help="of torch; default: as many as it takes")
+    parser.add_argument("--json", type=Path, help="where to write; a .md is written beside it")
+    parser.add_argument("--readme", action="store_true", help="put the tables into README.md too")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+
+    about = {
+        "date": measure.today(),
+        "commit": measure.commit(),
+        "seed": SEED,
+        "rounds": options.rounds,
+        "machine": measure.machine("float32"),
+    }
+    said = _about(about)
+    print(said, flush=True)
+    done: list[Report] = []
+    for report in reports(options):
+        done.append(report)
+        print(report.markdown(), flush=True)
+    text = "\n".join([said, *(report.markdown() for report in done)])
+    target = options.json or RESULTS / f"{about['date']}-{str(about['commit']).strip('+')}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    record = about | {"reports": [_record(report) for report in done]}
+    target.write_text(json.dumps(record, indent=1, allow_nan=True) + "\n", "utf-8")
+    target.with_suffix(".md").write_text(text, "utf-8")
+    if options.readme:
+        _into_readme(text)
+    return done
+
+
+def _about(about: dict[str, Any]) -> str:
+    on = about["machine"]
+    return (
+        f"{about['date']}, commit {about['commit']}: {on['cores']} cores ({on['cpu']}, load"
+        f" {on['load']} at the start), {on['threads']} threads, {on['dtype']}, torch {on['torch']},"
+        f" diffusers {on['diffusers']}, Python {on['python']}; seed {about['seed']},"
+        f" {about['rounds']} rounds, medians. Ratios are medians of the rounds' own ratios"
+        " (least–most). Phases in seconds.\n"
+    )
+
+
+def _record(report: Report) -> dict[str, Any]:
+    targets = [{"says": t.says, "found": t.found, "reached": t.reached} for t in report.targets]
+    return {"title": report.title, "targets": targets, "notes": report.notes, **report.data}
+
+
+def _into_readme(text: str) -> None:
+    """Between the marks, and nothing else."""
+    begin, end = "<!-- results -->\n", "<!-- /results -->\n"
+    head, rest = README.read_text("utf-8").split(begin)
+    README.write_text(head + begin + "\n" + text + "\n" + end + rest.split(end)[1], "utf-8")
+
+
+if __name__ == "__main__":
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    main()

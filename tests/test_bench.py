@@ -1,0 +1,100 @@
+"""The benchmarks run, and count what they say they count. Nothing here depends on the clock."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import measure, speed
+from bench.measure import Contestant, Ratio
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> list[speed.Report]:
+    out = tmp_path_factory.mktemp("bench") / "out.json"
+    said = ["--what", "inpaint,img2img,bf16,engine", "--model", "nano", "--side", "128"]
+    threads = torch.get_num_threads()  # several, on a busy machine, wait for each other
+    try:
+        found = speed.main(
+            [*said, "--rounds", "1", "--steps", "2", "--threads", "1", "--json", str(out)]
+        )
+    finally:
+        torch.set_num_threads(threads)
+    written = json.loads(out.read_text("utf-8"))
+    assert [one["title"] for one in written["reports"]] == [one.title for one in found]
+    assert all(one.markdown() in out.with_suffix(".md").read_text("utf-8") for one in found)
+    return found
+
+
+def works(report: speed.Report) -> list[str]:
+    return [one["work"] for one in report.data["contestants"]]
+
+
+def test_both_sides_of_inpainting_do_the_work_of_the_same_crop(reports: list[speed.Report]) -> None:
+    ours, full, crop = works(reports[0])
+    assert ours.startswith("2 × 2×4×14×14; VAE 1 in, 1 out")
+    assert crop.split(";")[0] == ours.split(";")[0]
+    assert full.startswith("2 × 2×4×16×16")
+
+
+def test_both_sides_of_image_to_image_do_the_same_work(reports: list[speed.Report]) -> None:
+    assert set(works(reports[1])) == {"1 × 2×4×16×16; VAE 1 in, 1 out"}
+
+
+def test_lower_precision_makes_another_picture_by_the_same_work(
+    reports: list[speed.Report],
+) -> None:
+    exact, rough, *_ = works(reports[2])
+    assert exact == rough
+    assert "dB" in reports[2].notes[0]
+    assert "inf" not in reports[2].notes[0]
+
+
+def test_the_engine_is_measured_with_every_kind_of_edit(reports: list[speed.Report]) -> None:
+    assert {"no edit", "inpaint (keep)", "a refine"} < set(reports[3].data)
+
+
+def test_contestants_take_turns() -> None:
+    said: list[str] = []
+    a, b = Contestant("a", lambda: said.append("a")), Contestant("b", lambda: said.append("b"))
+    measure.race([a, b], rounds=2)
+    assert said == ["a", "b"] * 3
+    assert len(a.seconds) == len(b.seconds) == 2
+
+
+def test_a_ratio_is_taken_within_each_round() -> None:
+    slow, quick = Contestant("slow", list), Contestant("quick", list)
+    slow.seconds, quick.seconds = [2.0, 30.0, 4.0], [1.0, 10.0, 1.0]
+    assert measure.ratio(slow, quick) == Ratio("slow", "quick", 3.0, 2.0, 4.0)
+
+
+def test_watching_leaves_the_components_as_they_were() -> None:
+    from diffedit.testing import tiny_pipeline
+
+    pipe = tiny_pipeline()
+    before = set(vars(pipe.unet)), set(vars(pipe.vae))
+    with measure.Meter(pipe).watching():
+        assert "forward" in vars(pipe.unet)
+    assert (set(vars(pipe.unet)), set(vars(pipe.vae))) == before
+
+
+def test_a_command_that_fails_is_not_measured(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="exit code"):
+        measure.cpu_seconds(["/bin/sh", "-c", "exit 3"])
+
+
+def test_the_mask_covers_what_it_says() -> None:
+    mask = speed.square_mask(768)
+    white = sum(mask.convert("1").histogram()[255:])
+    assert white / 768**2 == pytest.approx(speed.COVERED, rel=0.01)
+
+
+def test_the_readme_takes_the_tables_and_keeps_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "README.md"
+    copy.write_text("a\n<!-- results -->\nold\n<!-- /results -->\nb\n", "utf-8")
+    monkeypatch.setattr(speed, "README", copy)
+    speed._into_readme("new")
+    assert copy.read_text("utf-8") == "a\n<!-- results -->\n\nnew\n<!-- /results -->\nb\n"
