@@ -136,7 +136,7 @@ class DenoiserTask:
         timesteps = (cells * 1000).long().clamp_max(999)
         noise = torch.randn(latents.shape, generator=generator)
         # Dealt out like cards: each part sees the whole range of timesteps.
-        count = 1 if self.device.type != "cpu" else min(4, size)
+        count = 1 if self.device.type != "cpu" else min(2, size)
         deals = [slice(first, None, count) for first in range(count)]
         return [
             partial(self._loss, latents[d], tokens[d], timesteps[d], noise[d], size) for d in deals

@@ -78,6 +78,21 @@ def history(work: Path) -> dict[str, object]:
     return told
 
 
+def add_engine(
+    folder: Path, name: str, paint: Painter, *, prompts: int = PROMPTS, edits: int = EDITS
+) -> dict[str, Figures]:
+    """Run the gates through another engine's ``paint`` and put the figures into the card.
+
+    ``name`` heads the table's rows; figures of the same name are replaced.
+    """
+    path = folder / "figures.json"
+    figures = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    made = gates(paint, prompts=prompts, edits=edits)
+    figures.setdefault("engines", {})[name] = made
+    write(folder, figures)
+    return made
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: writes ``figures.json`` and ``README.md`` into the model's folder."""
     parser = argparse.ArgumentParser(prog="python -m diffedit.training.report")

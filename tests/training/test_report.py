@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from diffedit.training.report import write
+from PIL import Image
+
+from diffedit.training.report import add_engine, write
 
 
 def test_the_card_shows_the_figures_it_is_given(tmp_path: Path) -> None:
@@ -25,3 +27,14 @@ def test_the_card_shows_the_figures_it_is_given(tmp_path: Path) -> None:
     assert "kept photographs, shape | 128 | **0.61** | chance 0.125, source picture 0.00 |" in card
     assert "autoencoder: held-out" not in card
     assert json.loads((tmp_path / "figures.json").read_text("utf-8")) == figures
+
+
+def test_another_engine_is_judged_into_the_card(tmp_path: Path) -> None:
+    def paint(
+        image: Image.Image | None, mask: Image.Image | None, prompt: str, seed: int
+    ) -> Image.Image:
+        return image or Image.new("RGB", (64, 64), "red")
+
+    made = add_engine(tmp_path, "idle", paint, prompts=4, edits=2)
+    assert made["generation"]["shape"] == 0
+    assert "| idle: from nothing, shape | 4 | **0.00** |" in (tmp_path / "README.md").read_text()
