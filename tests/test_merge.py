@@ -42,8 +42,12 @@ def nothing(*args: Any) -> Any:
     return args[0]
 
 
+def giving(**parts: Any) -> Contribution:
+    return Contribution(**parts)
+
+
 def both(field: str, one: Any, other: Any) -> Any:
-    first, second = Contribution(**{field: one}), Contribution(**{field: other})
+    first, second = giving(**{field: one}), giving(**{field: other})
     return getattr(merge([(A(), first), (B(), second)]), field)
 
 
@@ -79,7 +83,7 @@ def test_every_field_has_a_law_and_a_test() -> None:
 def test_exclusive(field: str, value: Any) -> None:
     with pytest.raises(ConflictError, match=rf"'a'.*'b'.*{field}.*two passes"):
         both(field, value, value)
-    merged = merge([(A(), Contribution()), (B(id="mine"), Contribution(**{field: value}))])
+    merged = merge([(A(), Contribution()), (B(id="mine"), giving(**{field: value}))])
     assert getattr(merged, field).owner == "mine"
 
 
@@ -115,7 +119,7 @@ def test_tokens_terms_and_patches_stand_one_after_another() -> None:
 )
 def test_names_belong_to_their_edit(field: str, part: Any) -> None:
     assert [one.value.name for one in both(field, (part,), (part,))] == ["a/n", "b/n"]
-    given = Contribution(**{field: (part,)})
+    given = giving(**{field: (part,)})
     with pytest.raises(ConflictError, match=r"'a/n'.*id"):
         merge([(A(x=1), given), (A(x=2), given)])
     merged = getattr(merge([(A(x=1, id="p"), given), (A(x=2, id="q"), given)]), field)
@@ -124,14 +128,14 @@ def test_names_belong_to_their_edit(field: str, part: Any) -> None:
 
 @pytest.mark.parametrize("field", ["keep", "residuals", "prepare"])
 def test_two_of_one_class_may_both_have(field: str) -> None:
-    one = Contribution(**{field: nothing})
+    one = giving(**{field: nothing})
     merged = getattr(merge([(A(x=1), one), (A(x=2), one), (B(), one)]), field)
     assert [part.owner for part in merged] == ["a.1", "a.2", "b"]
 
 
 @pytest.mark.parametrize("field", ["attention", "refine", "finish"])
 def test_chained_fields_of_one_class_need_after(field: str) -> None:
-    one = Contribution(**{field: nothing})
+    one = giving(**{field: nothing})
     with pytest.raises(ConflictError, match=rf"'a.1'.*'a.2'.*{field}.*after"):
         merge([(A(x=1), one), (A(x=2), one)])
     for chain in (
@@ -142,9 +146,9 @@ def test_chained_fields_of_one_class_need_after(field: str) -> None:
             ordered = canonical(listed)
             assert ordered == chain
             merge([(edit, one) for edit in ordered])
+    unordered = canonical([A(x=3, id="p"), A(x=2, after="p"), A(x=1, after="p")])
     with pytest.raises(ConflictError):  # both after the first, in no order themselves
-        first, *rest = A(x=3, id="p"), A(x=2, after="p"), A(x=1, after="p")
-        merge([(edit, one) for edit in canonical([first, *rest])])
+        merge([(edit, one) for edit in unordered])
     merge([(A(x=1), one), (B(), one)])  # of two classes: by name
     merge([(A(x=1), one), (A(x=2), Contribution())])
 
@@ -152,8 +156,8 @@ def test_chained_fields_of_one_class_need_after(field: str) -> None:
 def test_during_travels_with_every_part() -> None:
     one = Contribution(terms=(Guidance(1, "a", "b"),), refine=nothing, during=(0.25, 0.5))
     merged = merge([(A(), one)])
-    for part in (*merged.terms, *merged.refine):
-        assert part.during == (0.25, 0.5)
+    assert [part.during for part in merged.terms] == [(0.25, 0.5)]
+    assert [part.during for part in merged.refine] == [(0.25, 0.5)]
     # as diffusers' ControlNet windows: off when i/n < start or (i+1)/n > end
     assert [merged.refine[0].active(i, 8) for i in range(8)] == [i in (2, 3) for i in range(8)]
 
@@ -194,7 +198,7 @@ def test_only_what_finishes_needs_no_sampler() -> None:
         ("rows", (Row("r", nothing),)),
         ("channels", {"p": torch.zeros(1)}),
     ):
-        assert not merge([(A(), Contribution(finish=nothing, **{field: value}))]).only_finishes
+        assert not merge([(A(), giving(finish=nothing, **{field: value}))]).only_finishes
 
 
 def test_a_digest_follows_parameters_and_not_names() -> None:

@@ -52,7 +52,7 @@ BROKEN = {
         "not an Edit class",
     ),
     "no name": (
-        GOOD.format(name="n").replace("name =", "other ="),
+        GOOD.format(name="n").replace("name =", "version ="),
         "without a name",
     ),
     "twice": (GOOD.format(name="t").replace("[Made]", "[Made, Made]"), "registered twice"),
