@@ -41,9 +41,10 @@ def frame(
 ) -> Frame:
     """Choose the smallest region that holds what the edits ask for and that the model likes.
 
-    Each side of the union of `wanted` is grown to the model's smallest side (as it is after scaling)
-    and to its grid, as far as the image reaches. What is larger than the model's largest side is scaled down, and an image
-    smaller than the model's smallest side is scaled up; in between, pixels map one to one.
+    Each side of the union of `wanted` is grown to the model's smallest side (as it is after
+    scaling) and to its grid, as far as the image reaches. What is larger than the model's largest
+    side is scaled down, and an image smaller than the model's smallest side is scaled up; in
+    between, pixels map one to one.
 
     Args:
         image: (width, height) of the image in pixels.

@@ -150,8 +150,7 @@ class Editor:
             records: list[dict[str, Any]] = []
             for index, pass_ in enumerate(workflow.passes):
                 position = index, len(workflow.passes)
-                steps = run_pass(pass_, given, replace(setting, position=position))
-                outcome = yield from _numbered(steps, *position)
+                outcome = yield from run_pass(pass_, given, replace(setting, position=position))
                 given = outcome.handover
                 latents = latents if outcome.latents is None else outcome.latents
                 records.append(outcome.record)
@@ -239,21 +238,6 @@ class Stream(Iterator[Step]):
         return self._result
 
 
-def _numbered(
-    steps: Generator[Step, None, Any], index: int, total: int
-) -> Generator[Step, None, Any]:
-    """Pass steps on with the number of their pass."""
-    try:
-        while True:
-            try:
-                step = next(steps)
-            except StopIteration as end:
-                return end.value
-            yield replace(step, pass_index=index, passes=total)
-    finally:
-        steps.close()
-
-
 def _seeds(seed: int | Sequence[int]) -> tuple[int, ...]:
     seeds = (seed,) if isinstance(seed, int) else tuple(seed)
     if not seeds:
@@ -261,4 +245,6 @@ def _seeds(seed: int | Sequence[int]) -> tuple[int, ...]:
     for one in seeds:
         if type(one) is not int or not 0 <= one < 2**63:
             raise InputError(f"seed {one!r}: needs a whole number from 0 to 2**63 - 1")
+    if len(set(seeds)) < len(seeds):
+        raise InputError("a seed stands twice, and each makes a picture of its own: give it once")
     return seeds

@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from diffedit.errors import ParameterError, nearest
-
 POSITIVE, NEGATIVE = "positive", "negative"
 
 
@@ -50,12 +48,6 @@ def with_terms(
 ) -> Tensor:
     """Add ``weight * (toward - away)`` for every term."""
     for weight, toward, away in terms:
-        for name in (toward, away):
-            if name not in predictions:
-                raise ParameterError(
-                    f"a guidance term names the prediction {name!r}, which this pass does not make"
-                    f"{nearest(name, predictions)}"
-                )
         if isinstance(weight, Tensor):
             weight = weight.to(guided)
         guided = guided + weight * (predictions[toward] - predictions[away])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Generator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,6 @@ from diffedit.denoiser import Denoiser
 from diffedit.draws import Draws
 from diffedit.errors import DiffeditError, PluginError
 from diffedit.guard import Guard
-from diffedit.guidance import NEGATIVE, POSITIVE
 from diffedit.models.protocol import Conditioning
 from diffedit.plan import Handover, Plan, Setting
 from diffedit.sampler import Step, sample
@@ -45,33 +44,32 @@ class Outcome:
     record: dict[str, Any]
 
 
-def run_pass(
-    pass_: Pass, given: Handover, setting: Setting, diagnosing: bool = False
-) -> Generator[Step, None, Outcome]:
+def run_pass(pass_: Pass, given: Handover, setting: Setting) -> Generator[Step, None, Outcome]:
     """Run one pass, yielding its steps; closing the generator cancels and undoes everything.
 
     Raises:
         InputError: the pass cannot be run as it stands.
         PluginError: an edit breaks the contract.
     """
-    plan = Plan(pass_, given, setting, Guard(diagnosing))
-    trip = _Trip(plan)
+    plan = Plan(pass_, given, setting, Guard())
     notify = setting.plugins.notify
+    index, passes = setting.position
     error: BaseException | None = None
     try:
         notify("pass_started", pass_=pass_, run=plan.run)
-        outcome: Outcome | None = None
-        if plan.rests:
-            outcome = trip.finish(None)
-        else:
-            with ExitStack() as undo:
-                untouched = Untouched(setting.model.parts(), ", ".join(plan.labels))
-                undo.enter_context(untouched)
-                latents = yield from trip.sample(undo, untouched)
-                if latents is not None:
-                    outcome = trip.finish(latents)
+        with closing(_attempt(plan)) as steps:
+            while True:
+                try:
+                    step = next(steps)
+                except StopIteration as end:
+                    outcome: Outcome | None = end.value
+                    break
+                step = replace(step, _look=plan.model.preview, pass_index=index, passes=passes)
+                notify("step_done", step=step)
+                yield step
         if outcome is None:
-            return (yield from _diagnose(pass_, given, setting, diagnosing))
+            _diagnose(Plan(pass_, given, setting, Guard(diagnosing=True)))
+            raise DiffeditError("sampling gave values that are not finite: try dtype float32")
         return outcome
     except BaseException as raised:
         error = raised
@@ -85,13 +83,22 @@ def run_pass(
             log.warning("%s", late)  # the error under way says more
 
 
-def _diagnose(
-    pass_: Pass, given: Handover, setting: Setting, diagnosing: bool
-) -> Generator[Step, None, Outcome]:
-    """Latents came out not finite: run again and look at every part, to name the culprit."""
-    if not diagnosing:
-        yield from run_pass(pass_, given, setting, diagnosing=True)
-    raise DiffeditError("sampling gave values that are not finite: try dtype float32")
+def _attempt(plan: Plan) -> Generator[Step, None, Outcome | None]:
+    """Run a planned pass; None when its latents are not finite."""
+    trip = _Trip(plan)
+    if plan.rests:
+        return trip.finish(None)
+    with ExitStack() as undo:
+        untouched = Untouched(plan.model.parts(), ", ".join(plan.labels))
+        undo.enter_context(untouched)
+        latents = yield from trip.sample(undo, untouched)
+        return None if latents is None else trip.finish(latents)
+
+
+def _diagnose(plan: Plan) -> None:
+    """Run again what came out not finite and look at every part; raises with the culprit's name."""
+    for _ in _attempt(plan):
+        pass
 
 
 class _Trip:
@@ -155,30 +162,17 @@ class _Trip:
         noise = [self.run.rng("step", item) for item in range(self.run.items)]
         for step in sample(denoise, latents, schedule, rng=noise, constrain=constrain):
             latents = step.latents
-            index, total = self.plan.setting.position
-            step = replace(step, _look=self.model.preview, pass_index=index, passes=total)
-            self.plan.setting.plugins.notify("step_done", step=step)
             yield step
         self._lap("sample")
         return latents if bool(torch.isfinite(latents).all()) else None
 
     def _embed(self) -> dict[str, Conditioning]:
-        """One row of conditioning per prediction, in batch order: the negative first."""
-        texts: dict[str, str] = {}
-        if self.plan.pass_.guidance > 1 and "embedded_guidance" not in self.model.capabilities:
-            texts[NEGATIVE] = self.run.negative
-        texts[POSITIVE] = self.run.prompt
-        made = {
-            name: self.model.embed([text], self.run.canvas.size) for name, text in texts.items()
+        """One row of conditioning per prediction."""
+        size = self.run.canvas.size
+        return {
+            name: self.model.embed([said], size) if isinstance(said, str) else said
+            for name, said in self.plan.predictions.items()
         }
-        for part in self.merged.branches:
-            prompt = part.value.prompt
-            made[part.value.name] = (
-                self.model.embed([prompt], self.run.canvas.size)
-                if isinstance(prompt, str)
-                else prompt
-            )
-        return made
 
     def finish(self, latents: Tensor | None) -> Outcome:
         """Decode, finish, paste back."""

@@ -15,9 +15,17 @@ from torch import Tensor
 from diffedit.box import Box
 from diffedit.canvas import Canvas, Frame, exact_frame, frame
 from diffedit.edit import Contribution, Edit, canonical, labels, merge
-from diffedit.errors import CapabilityError, InputError, MaskError, PluginError
+from diffedit.errors import (
+    CapabilityError,
+    InputError,
+    MaskError,
+    ParameterError,
+    PluginError,
+    nearest,
+)
 from diffedit.guard import Guard
-from diffedit.models.protocol import LatentModel
+from diffedit.guidance import NEGATIVE, POSITIVE
+from diffedit.models.protocol import Conditioning, LatentModel
 from diffedit.plugins import Plugins
 from diffedit.run import Run, Streams
 from diffedit.schedulers import Schedule
@@ -105,6 +113,7 @@ class Plan:
             self.canvas = self.canvas.focused(Frame(box, box.size, box.size))
         else:
             self._check_capabilities()
+            self.predictions = self._predictions()
             self.schedule = self._schedule()
 
     def _frame(self) -> Frame:
@@ -193,6 +202,22 @@ class Plan:
                 raise InputError(f"{who}: needs a picture to edit; this pass starts from nothing")
         if self.merged.mask is not None and not self.merged.mask.any():
             raise MaskError("the mask selects nothing: white (1) is where the picture is to change")
+
+    def _predictions(self) -> dict[str, str | Conditioning]:
+        """What each prediction is conditioned on, in batch order: the negative first."""
+        named: dict[str, str | Conditioning] = {}
+        if self.pass_.guidance > 1 and "embedded_guidance" not in self.model.capabilities:
+            named[NEGATIVE] = self.run.negative
+        named[POSITIVE] = self.run.prompt
+        named |= {part.value.name: part.value.prompt for part in self.merged.branches}
+        for term in self.merged.terms:
+            for name in (term.value.toward, term.value.away):
+                if name not in named:
+                    raise ParameterError(
+                        f"{term.owner}: a guidance term names the prediction {name!r}, which this"
+                        f" pass does not make{nearest(name, named)}"
+                    )
+        return named
 
     def _schedule(self) -> Schedule:
         start = self.merged.start
