@@ -33,21 +33,31 @@ class Ratio(NamedTuple):
 
     over: str
     under: str
+    by: str
     value: float
     low: float
     high: float
-    by: str = "clock"
 
     def __str__(self) -> str:
         return f"{self.value:.2f}× ({self.low:.2f}–{self.high:.2f})"
+
+
+class Ratios(NamedTuple):
+    """The same ratio by both measures; a claim has to hold by both."""
+
+    clock: Ratio
+    cpu: Ratio
+
+    def __str__(self) -> str:
+        return f"{self.clock} by the clock, {self.cpu} of CPU time"
 
 
 class Meter:
     """Counts and times the work of a pipeline's components, whoever calls them.
 
     Attributes:
-        seconds: by phase, ``text``, ``encode``, ``unet``, ``decode``.
-        calls: the same.
+        cpu: CPU seconds by phase, ``text``, ``encode``, ``unet``, ``decode``.
+        calls: how many, by phase.
         shapes: how often the UNet was called with which shape of its input.
     """
 
@@ -62,7 +72,7 @@ class Meter:
                 "decode": (pipe.vae, "decode"),
             }
         )
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.cpu: dict[str, float] = defaultdict(float)
         self.calls: Counter[str] = Counter()
         self.shapes: Counter[tuple[int, ...]] = Counter()
 
@@ -77,9 +87,9 @@ class Meter:
 
     def _timed(self, phase: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **options: Any) -> Any:
-            began = time.perf_counter()
+            began = time.process_time()
             value = method(*args, **options)
-            self.seconds[phase] += time.perf_counter() - began
+            self.cpu[phase] += time.process_time() - began
             self.calls[phase] += 1
             if phase == "unet":
                 self.shapes[tuple(args[0].shape)] += 1
@@ -106,7 +116,7 @@ class Contestant:
         peak_mib: most memory above what stood before, in the untimed first run.
         seconds: what each round took by the clock.
         cpu: and in CPU time of all threads.
-        phases: seconds by phase, for each round.
+        phases: CPU seconds by phase, for each round.
     """
 
     name: str
@@ -128,14 +138,14 @@ class Contestant:
         """One timed run."""
         gc.collect()
         began, busy = time.perf_counter(), time.process_time()
-        phases = dict(self._watched().seconds)
+        phases = dict(self._watched().cpu)
         self.seconds.append(time.perf_counter() - began)
         self.cpu.append(time.process_time() - busy)
-        phases["rest"] = self.seconds[-1] - sum(phases.values())
+        phases["rest"] = self.cpu[-1] - sum(phases.values())
         self.phases.append(phases)
 
     def phase(self, name: str) -> float:
-        """Median seconds of a phase."""
+        """Median CPU seconds of a phase."""
         return median(one.get(name, 0.0) for one in self.phases)
 
     def _watched(self) -> Meter:
@@ -159,18 +169,30 @@ class Contestant:
 
 def race(contestants: Sequence[Contestant], rounds: int) -> None:
     """Let contestants take turns: A, B, C, A, B, C, … after an untimed run of each."""
-    for one in contestants:
-        one.warm_up()
-    for _ in range(rounds):
+    gc.collect()
+    gc.freeze()  # what is loaded stays, and need not be searched between runs
+    try:
         for one in contestants:
-            one.measure()
+            one.warm_up()
+        for _ in range(rounds):
+            for one in contestants:
+                one.measure()
+    finally:
+        gc.unfreeze()
 
 
-def ratio(over: Contestant, under: Contestant, by: str = "clock") -> Ratio:
+def ratios(over: Contestant, under: Contestant) -> Ratios:
     """How many times as long one took as another, round by round."""
-    above, below = (one.cpu if by == "cpu" else one.seconds for one in (over, under))
+    names = over.name, under.name
+    return Ratios(
+        _ratio(*names, "clock", over.seconds, under.seconds),
+        _ratio(*names, "CPU", over.cpu, under.cpu),
+    )
+
+
+def _ratio(over: str, under: str, by: str, above: Sequence[float], below: Sequence[float]) -> Ratio:
     each = [a / b for a, b in zip(above, below, strict=True)]
-    return Ratio(over.name, under.name, median(each), min(each), max(each), by)
+    return Ratio(over, under, by, median(each), min(each), max(each))
 
 
 class Peak:

@@ -66,7 +66,11 @@ def test_contestants_take_turns() -> None:
 def test_a_ratio_is_taken_within_each_round() -> None:
     slow, quick = Contestant("slow", list), Contestant("quick", list)
     slow.seconds, quick.seconds = [2.0, 30.0, 4.0], [1.0, 10.0, 1.0]
-    assert measure.ratio(slow, quick) == Ratio("slow", "quick", 3.0, 2.0, 4.0)
+    slow.cpu, quick.cpu = [1.0, 1.0, 9.0], [1.0, 2.0, 1.0]
+    assert measure.ratios(slow, quick) == (
+        Ratio("slow", "quick", "clock", 3.0, 2.0, 4.0),
+        Ratio("slow", "quick", "CPU", 1.0, 0.5, 9.0),
+    )
 
 
 def test_watching_leaves_the_components_as_they_were() -> None:
