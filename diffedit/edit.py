@@ -40,7 +40,9 @@ class Edit(BaseModel):
     parameters as pydantic fields, and implement `contribute`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), ser_json_inf_nan="strings"
+    )
 
     name: ClassVar[str]
     version: ClassVar[str] = "0.0.0"

@@ -141,7 +141,7 @@ BAD = {
         edit(*PAINT, "--scheduler", "eular"),
         "unknown scheduler 'eular' (did you mean 'euler'?)",
     ),
-    "scheduler without img2img": (
+    "refused scheduler": (
         edit("-e", "img2img", "--scheduler", "ipndm"),
         "'ipndm' cannot be used: ",
     ),
@@ -171,8 +171,14 @@ BAD = {
     "unknown command": (["edti"], "no command 'edti' (did you mean 'edit'?)"),
     "unknown option": (["edit", "--promt", "a"], "--promt"),
     "unknown global option": (["--promt"], "--promt"),
-    "no workflow": (["run", "no.yaml", "photo.png", "-o", "out.png"], "no.yaml does not exist"),
-    "image as workflow": (["run", "photo.png", "w.yaml", "-o", "out.png"], "not text in UTF-8"),
+    "no workflow": (
+        ["run", "no.yaml", "photo.png", "-o", "out.png"],
+        "no.yaml cannot be read as a workflow (No such",
+    ),
+    "image as workflow": (
+        ["run", "photo.png", "w.yaml", "-o", "out.png"],
+        "photo.png cannot be read as a workflow",
+    ),
     "bad workflow": (
         ["run", "bad.yaml", "photo.png", "-o", "out.png"],
         "bad.yaml:2:5: passes.0: a pass has no parameter 'promt' (did you mean 'prompt'?)",

@@ -156,10 +156,6 @@ def _run(arguments: list[str], state: dict[str, Any], quiet: bool) -> tuple[int,
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1, ""
     except Exception as error:
-        if type(error).__name__ == "ValidationError" and hasattr(error, "errors"):
-            from diffedit.workflow import explain
-
-            return 2, _said(explain(error, "command line"), quiet)  # type: ignore[arg-type]
         hint = " (run again with --debug for the traceback)" if quiet else ""
         return 1, _said(f"{type(error).__name__}: {error}{hint}", quiet)
 

@@ -155,7 +155,8 @@ def workflow_of(
     Raises:
         InputError: names the option, the value and what would be right.
     """
-    from diffedit.workflow import Workflow, parse_scalar
+    from diffedit.workflow import Workflow
+    from diffedit.yaml import parse_scalar
 
     texts = ("prompt", "negative", "scheduler")
     one: dict[str, Any] = {
@@ -180,7 +181,7 @@ def workflow_of(
 
 def parse_edit(text: str) -> str | dict[str, Any]:
     """An edit as plain data, from ``name``, ``name:key=value,…`` or ``name:{JSON}``."""
-    from diffedit.workflow import parse_scalar
+    from diffedit.yaml import parse_scalar
 
     name, colon, rest = text.partition(":")
     name, rest = name.strip(), rest.strip()

@@ -106,7 +106,7 @@ def _report(one: Installed, loaded: Plugins) -> dict[str, Any]:
 
 
 def _edit(cls: type[Edit]) -> dict[str, Any]:
-    from diffedit.workflow import parameters
+    from diffedit.parameters import parameters
 
     lines = (inspect.getdoc(cls) or "").splitlines()
     return {
@@ -114,7 +114,7 @@ def _edit(cls: type[Edit]) -> dict[str, Any]:
         "version": cls.version,
         "stage": cls.stage,
         "help": lines[0] if lines else "",
-        "parameters": [one.model_dump(exclude={"each"}) for one in parameters(cls).values()],
+        "parameters": [one.model_dump() for one in parameters(cls).values()],
     }
 
 
