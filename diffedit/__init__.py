@@ -30,14 +30,20 @@ if TYPE_CHECKING:
     from diffedit.fields import MaskField as MaskField
     from diffedit.hookspecs import hookimpl as hookimpl
     from diffedit.images import Picture as Picture
+    from diffedit.models.protocol import Conditioning as Conditioning
+    from diffedit.models.protocol import LatentModel as LatentModel
+    from diffedit.models.protocol import ModelFamily as ModelFamily
     from diffedit.models.protocol import ModelInput as ModelInput
     from diffedit.models.protocol import Residuals as Residuals
     from diffedit.plugins import API_VERSION as API_VERSION
     from diffedit.plugins import edits as edits
     from diffedit.preprocessors import Preprocessor as Preprocessor
     from diffedit.result import Result as Result
+    from diffedit.rows import RowMap as RowMap
     from diffedit.run import Run as Run
     from diffedit.sampler import Step as Step
+    from diffedit.schedulers import Call as Call
+    from diffedit.schedulers import Schedule as Schedule
     from diffedit.workflow import Pass as Pass
     from diffedit.workflow import Workflow as Workflow
 
@@ -45,12 +51,16 @@ _HOMES = {
     "API_VERSION": "plugins",
     "Box": "box",
     "Branch": "edit",
+    "Call": "schedulers",
+    "Conditioning": "models.protocol",
     "Contribution": "edit",
     "Edit": "edit",
     "Editor": "editor",
     "Guidance": "edit",
     "ImageField": "fields",
+    "LatentModel": "models.protocol",
     "MaskField": "fields",
+    "ModelFamily": "models.protocol",
     "ModelInput": "models.protocol",
     "Pass": "workflow",
     "Patch": "edit",
@@ -61,7 +71,9 @@ _HOMES = {
     "Residuals": "models.protocol",
     "Result": "result",
     "Row": "edit",
+    "RowMap": "rows",
     "Run": "run",
+    "Schedule": "schedulers",
     "Site": "attention",
     "Start": "edit",
     "Step": "sampler",
@@ -76,12 +88,16 @@ __all__ = [
     "QKV",
     "Box",
     "Branch",
+    "Call",
+    "Conditioning",
     "Contribution",
     "Edit",
     "Editor",
     "Guidance",
     "ImageField",
+    "LatentModel",
     "MaskField",
+    "ModelFamily",
     "ModelInput",
     "Pass",
     "Patch",
@@ -91,7 +107,9 @@ __all__ = [
     "Residuals",
     "Result",
     "Row",
+    "RowMap",
     "Run",
+    "Schedule",
     "Site",
     "Start",
     "Step",

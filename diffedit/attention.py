@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffedit.errors import CapabilityError
 from diffedit.rows import RowMap
 
 
@@ -144,10 +145,20 @@ class Processor:
         return cast(Tensor, out / attn.rescale_output_factor)
 
 
+#: Processors that compute attention and nothing else, as `Processor` does.
+_PLAIN = {"AttnProcessor", "AttnProcessor2_0"}
+
+
 @contextmanager
 def attending(module: Any, transform: Transform, rows: Callable[[], RowMap]) -> Iterator[None]:
     """Route every attention of a diffusers module through `transform`; put back what was there."""
     before = dict(module.attn_processors)
+    for processor in before.values():
+        if type(processor).__name__ not in _PLAIN:
+            raise CapabilityError(
+                f"attention terms cannot act together with {type(processor).__name__}, which this"
+                " model has in place: put them into two passes"
+            )
     module.set_attn_processor({name: Processor(name, transform, rows) for name in before})
     try:
         yield

@@ -125,6 +125,17 @@ class Canvas:
         return self.composite.shape[-1], self.composite.shape[-2]
 
     @property
+    def empty(self) -> bool:
+        """Whether there is no picture yet: nothing was given and no pass has made anything."""
+        return self.source is None and not bool(self.touched.any())
+
+    @property
+    def so_far(self) -> Picture:
+        """The picture so far, for edits to look at; of a batch the first."""
+        untouched = self.source is not None and not bool(self.touched.any())
+        return self.source if untouched and self.source is not None else self.picture(0)
+
+    @property
     def size(self) -> tuple[int, int]:
         """(width, height) of the working picture in pixels."""
         return self.frame.size

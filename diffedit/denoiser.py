@@ -16,9 +16,10 @@ from diffedit.edit import Merged
 from diffedit.errors import DiffeditError, PluginError
 from diffedit.guard import Guard
 from diffedit.guidance import NEGATIVE, classifier_free, rescaled, with_terms
-from diffedit.models.protocol import Conditioning, LatentModel, ModelInput, Residuals
+from diffedit.models.protocol import Conditioning, ModelInput, Residuals
 from diffedit.rows import RowKey, RowMap
-from diffedit.schedulers import Schedule
+from diffedit.run import Run
+from diffedit.schedulers import Call, Schedule
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Reference:
     """
 
     name: str
-    at: Callable[[int], Tensor]
+    at: Callable[[Call], Tensor]
     clean: Tensor | None
     conditioning: Conditioning
 
@@ -42,13 +43,12 @@ class Denoiser:
     """The denoiser of one pass: latents and a call's index in, one prediction out.
 
     Args:
-        model: the loaded model.
+        run: the pass.
         schedule: the calls of this trip.
         merged: what the edits contribute.
         branches: conditioning (one row each) of every prediction, in batch order.
         references: pictures sampled beside the canvas.
         channels: further inputs of the denoiser by role, ``(items, c, h, w)``.
-        items: pictures of the batch.
         guidance: scale of classifier-free guidance.
         rescale: how much of the contrast correction is taken, 0 to 1.
         embedded_guidance: the scale for models that take it as an input.
@@ -57,29 +57,28 @@ class Denoiser:
 
     def __init__(
         self,
-        model: LatentModel,
+        run: Run,
         schedule: Schedule,
         merged: Merged,
         branches: Mapping[str, Conditioning],
         *,
         references: Sequence[Reference] = (),
         channels: Mapping[str, Tensor] | None = None,
-        items: int = 1,
         guidance: float = 1.0,
         rescale: float = 0.0,
         embedded_guidance: float | None = None,
         guard: Guard | None = None,
     ) -> None:
-        self.model = model
+        self.run, self.model = run, run.model
         self.schedule = schedule
         self.merged = merged
         self.references = references
-        self.items = items
+        self.items = items = run.items
         self.guidance = guidance
         self.rescale = rescale
         self.embedded_guidance = embedded_guidance
         self.guard = guard or Guard()
-        self.call = 0
+        self.call = schedule.call(0)
         self.bare = False
         self.branches = tuple(branches)
         keys: list[RowKey] = []
@@ -105,41 +104,45 @@ class Denoiser:
             parts.append(one.clean.expand_as(canvas) if known else torch.zeros_like(canvas))  # type: ignore[union-attr]
         return torch.cat(parts)
 
-    def __call__(self, latents: Tensor, call: int) -> Tensor:
+    def __call__(self, latents: Tensor, index: int) -> Tensor:
         """Predict for every item: ``(items, c, h, w)`` in, the guided raw output out."""
-        self.call = call
+        call = self.call = self.schedule.call(index)
         beside = [one.at(call).to(latents.dtype) for one in self.references]
         rows = torch.cat([latents, *beside] * len(self.branches))
         x = ModelInput(
-            latents=self.schedule.scale(rows, call),
-            timestep=self.schedule.timesteps[call],
+            latents=self.run.laid_out(self.schedule.scale(rows, index)),
+            timestep=self.schedule.timesteps[index],
             conditioning=self.conditioning,
             rows=self.rows,
             channels=self.channels,
             guidance=self.embedded_guidance,
         )
         output = self._predict(self._with_residuals(x, call))
-        predictions = {name: output[self.rows.of_branch(name)] for name in self.branches}
+        # A branch's canvas rows stand together; a list of indices would make a GPU wait.
+        stride = len(self.rows) // len(self.branches)
+        predictions = {
+            name: output[number * stride : number * stride + self.items]
+            for number, name in enumerate(self.branches)
+        }
         if self.guard.diagnosing and not torch.isfinite(output).all():
             raise self._blame(x, call)
         return self._refined(self._combined(predictions, call), latents, call)
 
-    def _blame(self, x: ModelInput, call: int) -> DiffeditError:
+    def _blame(self, x: ModelInput, call: Call) -> DiffeditError:
         """Say who made the denoiser's output not finite: what was contributed, or the denoiser."""
-        calls = len(self.schedule)
-        acting = [part.owner for part in self.merged.residuals if part.active(call, calls)]
-        acting += [part.owner for part in self.merged.attention if part.active(call, calls)]
+        acting = [part.owner for part in self.merged.residuals if part.active(call)]
+        acting += [part.owner for part in self.merged.attention if part.active(call)]
         self.bare = True
         if acting and bool(torch.isfinite(self.model.predict(x)).all()):
             owners = ", ".join(dict.fromkeys(acting))
             return PluginError(owners, "makes the denoiser's output not finite (NaN or inf)")
         return DiffeditError(
-            f"the denoiser's own output is not finite in call {call + 1} of"
-            f" {calls}, and no edit is at fault: try dtype float32"
+            f"the denoiser's own output is not finite in call {call.index + 1} of"
+            f" {call.total}, and no edit is at fault: try dtype float32"
         )
 
-    def _with_residuals(self, x: ModelInput, call: int) -> ModelInput:
-        acting = [p for p in self.merged.residuals if p.active(call, len(self.schedule))]
+    def _with_residuals(self, x: ModelInput, call: Call) -> ModelInput:
+        acting = [p for p in self.merged.residuals if p.active(call)]
         if not acting:
             return x
         canvas = self.rows.canvas
@@ -180,7 +183,7 @@ class Denoiser:
     def attend(self, qkv: QKV, site: Site) -> QKV:
         """The chained attention terms, as the transform of the model's attention processor."""
         for part in self.merged.attention:
-            if not self.bare and part.active(self.call, len(self.schedule)):
+            if not self.bare and part.active(self.call):
                 qkv = self.guard.call(
                     part.owner, "attention", part.value, qkv, site, lent=(qkv.q, qkv.k, qkv.v)
                 )
@@ -192,7 +195,7 @@ class Denoiser:
                     raise PluginError(part.owner, "attention returned unequal numbers of k and v")
         return qkv
 
-    def _combined(self, predictions: Mapping[str, Tensor], call: int) -> Tensor:
+    def _combined(self, predictions: Mapping[str, Tensor], call: Call) -> Tensor:
         combine = self.merged.combine
         if combine is not None:
             guided = self.guard.call(
@@ -209,7 +212,7 @@ class Denoiser:
         terms = [
             (part.value.weight, part.value.toward, part.value.away)
             for part in self.merged.terms
-            if part.active(call, len(self.schedule))
+            if part.active(call)
         ]
         if self.guard.diagnosing:
             for part in self.merged.terms:
@@ -220,11 +223,11 @@ class Denoiser:
             guided = rescaled(guided, predictions["positive"], self.rescale)
         return guided
 
-    def _refined(self, output: Tensor, latents: Tensor, call: int) -> Tensor:
-        acting = [p for p in self.merged.refine if p.active(call, len(self.schedule))]
+    def _refined(self, output: Tensor, latents: Tensor, call: Call) -> Tensor:
+        acting = [p for p in self.merged.refine if p.active(call)]
         if not acting:
             return output
-        x0 = self.schedule.to_x0(output, call, latents)
+        x0 = self.schedule.to_x0(output, call.index, latents)
         for part in acting:
             x0 = self.guard.call(part.owner, "refine", part.value, x0, call, lent=(x0,), like=x0)
-        return self.schedule.from_x0(x0, call, latents)
+        return self.schedule.from_x0(x0, call.index, latents)

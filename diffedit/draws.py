@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,62 +13,66 @@ from diffedit.canvas import Canvas
 from diffedit.denoiser import Reference
 from diffedit.edit import Owned, Pixels, Row
 from diffedit.plan import Plan
+from diffedit.schedulers import Call
 
 
 class Draws:
     """Encodes and draws for one pass.
 
-    The order of `begin` and `channels` is diffusers' draw order, which matters in compat mode only:
-    posterior of the source, noise, posterior of the masked picture. Elsewhere each draw has a
+    The order of constructor and `channels` is diffusers' draw order, which matters in compat mode
+    only: posterior of the source, noise, posterior of the masked picture. Elsewhere each draw has a
     stream of its own.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.model, self.run, self.canvas = plan.model, plan.run, plan.canvas
+        start, mask = plan.merged.start, plan.merged.mask
+        #: Whether the mask is kept by holding latents to the source; inpainting models see it.
+        self.holds = mask is not None and "mask_channels" not in self.model.capabilities
+        self.keeps = self.holds or bool(plan.merged.keep)
+        self.source: Tensor | None = None
+        if self.keeps or (start and isinstance(start.value.latents, Canvas)):
+            if not self.run.compat:
+                self.source = plan.given.latents_for(self.canvas.frame, mask)
+            if self.source is None:
+                self.source = self.encode(self.canvas.pixels)
+        kind = self.model.dtype if self.run.compat else torch.float32
+        noise = self.run.streams.normal("noise", plan.latent_shape)
+        self.noise = noise.to(self.model.device, kind)
+        if self.source is not None:
+            self.source = self.source.to(self.noise)
+        self.cells = self._cells(mask)
+
+    def begin(self) -> tuple[Tensor, Callable[[Tensor, int], Tensor] | None]:
+        """Where sampling begins, and what keeps the rest of the picture in place."""
+        start, schedule = self.plan.merged.start, self.plan.schedule
+        latents = self.noise * schedule.initial_noise_scale
+        if start is not None:
+            noised = schedule.add_noise(self._start(start).to(self.noise), self.noise, 0)
+            if start.value.at < 1 or self.cells is None:
+                latents = noised
+            elif not self.run.compat:  # pure noise where the picture changes freely
+                latents = torch.where(self.cells > 0, latents, noised)
+        return latents, self._constraint() if self.keeps else None
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Encode pixels for every item: the mean, or in compat mode a sample, as diffusers does."""
         generator = self.run.rng("posterior") if self.run.compat else None
-        latents = self.model.encode(pixels, generator)
+        latents = self.model.encode(self.run.laid_out(pixels), generator)
         return latents.expand(self.run.items, -1, -1, -1)
 
-    def begin(self) -> tuple[Tensor, Callable[[Tensor, int], Tensor] | None]:
-        """Where sampling begins, and what keeps the rest of the picture in place."""
-        start, mask = self.plan.merged.start, self.plan.merged.mask
-        own_mask = "mask_channels" in self.model.capabilities
-        keeps = bool(self.plan.merged.keep) or (mask is not None and not own_mask)
-        source: Tensor | None = None
-        if keeps or (start and isinstance(start.value.latents, Canvas)):
-            if not self.run.compat:
-                source = self.plan.given.latents_for(self.canvas.frame, mask)
-            if source is None:
-                source = self.encode(self.canvas.pixels)
-        noise = self.run.streams.normal("noise", self.plan.latent_shape)
-        kind = self.model.dtype if self.run.compat else torch.float32
-        noise = noise.to(self.model.device, kind)
-        source = None if source is None else source.to(noise)
-
-        cells = self._cells(mask)
-        latents = noise * self.plan.schedule.initial_noise_scale
-        if start is not None:
-            clean = self._start(start, source).to(noise)
-            noised = self.plan.schedule.add_noise(clean, noise, 0)
-            if start.value.at < 1 or cells is None:
-                latents = noised
-            elif not self.run.compat:  # pure noise where the picture changes freely
-                latents = torch.where(cells > 0, latents, noised)
-        if not keeps:
-            return latents, None
-        assert source is not None
-        return latents, self._constraint(source, noise, None if own_mask else cells)
-
-    def _start(self, start: Owned[Any], source: Tensor | None) -> Tensor:
+    def _start(self, start: Owned[Any]) -> Tensor:
         given = start.value.latents
         if isinstance(given, Canvas):
-            assert source is not None
-            return source
-        clean = self.encode(given.pixels) if isinstance(given, Pixels) else given
+            assert self.source is not None
+            return self.source
+        if isinstance(given, Pixels):
+            clean: Tensor = self.encode(given.pixels)
+        elif callable(given):
+            clean = self.plan.guard.call(start.owner, "start", given)
+        else:
+            clean = given
         clean = self.plan.fitting(start.owner, "start", clean, self.plan.latent_shape)
         if self.plan.guard.diagnosing:
             self.plan.guard.check_finite(start.owner, "start", clean)
@@ -84,28 +89,37 @@ class Draws:
             cells = self.canvas.mask_to_latent(mask, self.model.grid)
         return cells.to(self.model.device)
 
-    def _constraint(
-        self, source: Tensor, noise: Tensor, cells: Tensor | None
-    ) -> Callable[[Tensor, int], Tensor]:
+    def _constraint(self) -> Callable[[Tensor, int], Tensor]:
         """Keep what must stay at the source, at the noise level that the next call sees.
 
         A soft mask says how early a cell is let go: with value m it changes in the last share m of
         the calls (Levin & Fried 2023, "Differential Diffusion", arXiv:2306.00950). Cells are never
         blended fractionally: a mean of two noisy latents has too little noise.
         """
-        total = len(self.plan.schedule)
+        source, noise, schedule = self.source, self.noise, self.plan.schedule
+        assert source is not None
+        cells = self.cells if self.holds else None
+        shape = (1, *source.shape[2:])
+        keeps: list[Tensor | Callable[[Call], Tensor]] = []
+        for part in self.plan.merged.keep:
+            if callable(part.value):
+                keeps.append(
+                    functools.partial(self.plan.guard.call, part.owner, "keep", part.value)
+                )
+            else:
+                keeps.append(self.plan.fitting(part.owner, "keep", part.value, shape) >= 0.5)
+        owners = [part.owner for part in self.plan.merged.keep]
 
         def constrain(latents: Tensor, level: int) -> Tensor:
             kept = torch.zeros_like(latents[:, :1], dtype=torch.bool)
             if cells is not None:
-                kept = kept | (cells <= 1 - level / total)
-            for part in self.plan.merged.keep:
-                keep = part.value
+                kept = kept | (cells <= 1 - level / len(schedule))
+            for owner, keep in zip(owners, keeps, strict=True):
                 if callable(keep):
-                    keep = self.plan.guard.call(part.owner, "keep", keep, level - 1)
-                keep = self.plan.fitting(part.owner, "keep", keep, (1, *latents.shape[2:]))
-                kept = kept | (keep >= 0.5)
-            return torch.where(kept, self.plan.schedule.add_noise(source, noise, level), latents)
+                    made = keep(schedule.call(level - 1))
+                    keep = self.plan.fitting(owner, "keep", made, shape) >= 0.5
+                kept = kept | keep
+            return torch.where(kept, schedule.add_noise(source, noise, level), latents)
 
         return constrain
 
@@ -119,9 +133,8 @@ class Draws:
                 made["mask"] = torch.ones(1, 1, *self.plan.latent_shape[1:])
                 hole = torch.ones_like(pixels[:1, :1])
             else:
-                cells = self._cells(mask)
-                assert cells is not None
-                made["mask"] = (cells > 0).float()
+                assert self.cells is not None
+                made["mask"] = (self.cells > 0).float()
                 work = self.canvas.mask_to_work(mask)
                 hole = (work >= 0.5 if self.run.compat else work > 0).float()
             # Mid-grey is 0 once the model has mapped [0, 1] to [-1, 1].
@@ -146,13 +159,13 @@ class Draws:
             # A stream of its own, named by the row: another edit's references shift nothing here.
             noise = self.run.streams.normal(part.stream, tuple(clean.shape[1:])).to(clean)
 
-            def noised(call: int) -> Tensor:
-                return self.plan.schedule.add_noise(clean, noise, call)
+            def noised(call: Call) -> Tensor:
+                return self.plan.schedule.add_noise(clean, noise, call.index)
 
             return Reference(row.name, noised, clean, conditioning)
         function = row.latents
 
-        def given(call: int) -> Tensor:
+        def given(call: Call) -> Tensor:
             made = self.plan.guard.call(part.owner, "row", function, call)
             made = self.plan.fitting(part.owner, "row", made, self.plan.latent_shape)
             return made.expand(self.run.items, -1, -1, -1)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from diffedit.models.protocol import Conditioning, LatentModel, ModelInput, Residuals
     from diffedit.run import Run
     from diffedit.sampler import Step
+    from diffedit.schedulers import Call
 
 T = TypeVar("T")
 Stage = Literal["early", "normal", "late"]
@@ -60,10 +61,13 @@ class Edit(BaseModel):
     )
 
     def region(self, image: Picture) -> Box | None:
-        """The part of the image this edit works on, context margin included; None: all of it.
+        """The part of the image this edit works on, context margin included; None: no wish.
 
-        Pure geometry, asked before anything is encoded. An edit with a mask returns a box that
-        holds every pixel of it.
+        Pure geometry, asked before anything is encoded. The pass works on the union of these boxes
+        and of the masks of edits without a wish; on the whole image if there are none.
+
+        Args:
+            image: the picture so far (the first of a batch).
         """
         return None
 
@@ -116,12 +120,12 @@ class Start:
     """Where sampling begins: latents, noised to the level `at`.
 
     Attributes:
-        latents: a canvas or `Pixels`, encoded by the core when its phase comes, or clean latents
-            ``(1 or b, c, h, w)``.
+        latents: a canvas or `Pixels`, encoded by the core when its phase comes; clean latents
+            ``(1 or b, c, h, w)``; or a function that returns them, called after `prepare`.
         at: the fraction of the schedule that is run, in (0, 1]; 1 is (nearly) pure noise.
     """
 
-    latents: Canvas | Pixels | Tensor
+    latents: Canvas | Pixels | Tensor | Callable[[], Tensor]
     at: float
 
 
@@ -145,13 +149,13 @@ class Row:
     Attributes:
         name: unique within the edit; attention terms find it as ``f"{edit.scope}/{name}"``.
         latents: `Pixels`, encoded by the core and noised to each step's level with noise from a
-            stream of its own; or a function of the call's index that returns the latents
+            stream of its own; or a function of the `Call` that returns the latents
             ``(1 or b, c, h, w)`` as the model sees them at that level, unscaled.
         prompt: what it is conditioned on in every branch but the negative one.
     """
 
     name: str
-    latents: Pixels | Callable[[int], Tensor]
+    latents: Pixels | Callable[[Call], Tensor]
     prompt: str = ""
 
 
@@ -218,10 +222,10 @@ class Owned(Generic[T]):
     scope: str = ""
     stream: str = ""
 
-    def active(self, call: int, calls: int) -> bool:
-        """Whether it acts in call `call` of `calls`, as diffusers' ControlNet windows count."""
+    def active(self, call: Call) -> bool:
+        """Whether it acts in this call, as diffusers' ControlNet windows count."""
         start, end = self.during
-        return not (call / calls < start or (call + 1) / calls > end)
+        return not (call.index / call.total < start or (call.index + 1) / call.total > end)
 
 
 def exclusive(name: str, given: Sequence[Owned[T]]) -> Owned[T] | None:
@@ -300,9 +304,9 @@ class Contribution:
     Attributes:
         start: where sampling begins. Exclusive; without one it is pure noise.
         mask: ``(1 or b, 1, H, W)`` over the full image, 1 = may change, values between are the
-            alpha of the paste-back. Maximum: the union of what edits may change.
-        keep: ``(1 or b, 1, h, w)`` over the latent grid, or a function of the step index that
-            returns one; 1 = stays the source. Maximum: it only restricts further.
+            alpha of the paste-back. On the CPU. Maximum: the union of what edits may change.
+        keep: ``(1 or b, 1, h, w)`` over the latent grid, or a function of the `Call` just made that
+            returns one; 1 (from 0.5 on) = stays the source. Maximum: it only restricts further.
         conditioning: additions to the conditioning by the model's key. Union by key.
         channels: further inputs of the denoiser by role, `Pixels` or ``(1 or b, c, h, w)``. Union
             by role.
@@ -310,42 +314,46 @@ class Contribution:
         branches: further predictions of the canvas. Union by name.
         rows: references sampled beside the canvas. Union by name.
         terms: guidance terms. Summed.
-        combine: ``(predictions by name, step index) -> prediction``. Exclusive; default:
+        combine: ``(predictions by name, call) -> prediction``. Exclusive; default:
             classifier-free guidance.
-        residuals: ``(model input, step index) -> Residuals``. Summed. Sees the canvas's rows only.
+        residuals: ``(model input, call) -> Residuals``. Summed. Sees the canvas's rows only.
         attention: ``(qkv, site) -> qkv``. Chained.
         patches: changes to the model, undone when the pass ends, however it ends. In order.
         prepare: runs before the loop and may call the model; a generator's steps are shown as
             progress. In order.
-        refine: ``(x0, step index) -> x0``, both ``(b, c, h, w)``. Chained.
-        finish: ``pixels -> pixels``, the region at full resolution, ``(b, 3, h, w)`` in [0, 1].
-            Chained.
+        refine: ``(x0, call) -> x0``, both ``(b, c, h, w)``. Chained.
+        finish: ``pixels -> pixels``, the region that the pass works on (`run.canvas.frame.region`)
+            at full resolution, ``(1 or b, 3, h, w)`` in [0, 1], on the CPU. Chained.
         during: the fraction of the scheduler's calls in which residuals, attention, terms and
             refine act: in call i of n unless ``i/n < start or (i+1)/n > end``.
     """
 
     start: Start | None = _law(exclusive)
     mask: Tensor | None = _law(maximum)
-    keep: Tensor | Callable[[int], Tensor] | None = _law(in_order)
+    keep: Tensor | Callable[[Call], Tensor] | None = _law(in_order)
     conditioning: Mapping[str, Tensor] = _law(union, {})
     channels: Mapping[str, Tensor | Pixels] = _law(union, {})
     tokens: tuple[Tokens, ...] = _law(flat, ())
     branches: tuple[Branch, ...] = _law(named, ())
     rows: tuple[Row, ...] = _law(named, ())
     terms: tuple[Guidance, ...] = _law(flat, ())
-    combine: Callable[[Mapping[str, Tensor], int], Tensor] | None = _law(exclusive)
-    residuals: Callable[[ModelInput, int], Residuals] | None = _law(in_order)
+    combine: Callable[[Mapping[str, Tensor], Call], Tensor] | None = _law(exclusive)
+    residuals: Callable[[ModelInput, Call], Residuals] | None = _law(in_order)
     attention: Transform | None = _law(in_order, chained=True)
     patches: tuple[Patch, ...] = _law(flat, ())
     prepare: Callable[[Run], Iterator[Step] | None] | None = _law(in_order)
-    refine: Callable[[Tensor, int], Tensor] | None = _law(in_order, chained=True)
+    refine: Callable[[Tensor, Call], Tensor] | None = _law(in_order, chained=True)
     finish: Callable[[Tensor], Tensor] | None = _law(in_order, chained=True)
     during: tuple[float, float] = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Merged:
-    """The contributions of a pass, merged: the same fields, each part with its owner."""
+    """The contributions of a pass, merged: the same fields, each part with its owner.
+
+    Attributes:
+        rests: whether every edit that says anything only finishes, so that nothing is sampled.
+    """
 
     start: Owned[Start] | None
     mask: Tensor | None
@@ -356,21 +364,14 @@ class Merged:
     branches: tuple[Owned[Branch], ...]
     rows: tuple[Owned[Row], ...]
     terms: tuple[Owned[Guidance], ...]
-    combine: Owned[Callable[[Mapping[str, Any], int], Any]] | None
-    residuals: tuple[Owned[Callable[[ModelInput, int], Residuals]], ...]
+    combine: Owned[Callable[[Mapping[str, Any], Call], Any]] | None
+    residuals: tuple[Owned[Callable[[ModelInput, Call], Residuals]], ...]
     attention: tuple[Owned[Transform], ...]
     patches: tuple[Owned[Patch], ...]
     prepare: tuple[Owned[Callable[[Run], Any]], ...]
-    refine: tuple[Owned[Callable[[Any, int], Any]], ...]
+    refine: tuple[Owned[Callable[[Any, Call], Any]], ...]
     finish: tuple[Owned[Callable[[Any], Any]], ...]
-
-    @property
-    def only_finishes(self) -> bool:
-        """Whether nothing here needs the sampler."""
-        at_rest = ("mask", "finish")
-        return bool(self.finish) and not any(
-            getattr(self, f.name) for f in fields(self) if f.name not in at_rest
-        )
+    rests: bool
 
 
 def canonical(edits: Iterable[Edit]) -> list[Edit]:
@@ -432,7 +433,14 @@ def merge(given: Sequence[tuple[Edit, Contribution]]) -> Merged:
         if part.metadata["chained"]:
             _ordered(part.name, owned)
         merged[part.name] = part.metadata["law"](part.name, [one for _, one in owned])
-    return Merged(**merged)
+    # An edit that adds no pixels of its own, such as an inpaint, wants the sampler.
+    named_by_each = [
+        {f.name for f in fields(one) if f.name != "during" and _given(getattr(one, f.name))}
+        for _, one in given
+    ]
+    speaking = [names for names in named_by_each if names]
+    rests = all("finish" in names and names <= {"mask", "finish"} for names in speaking)
+    return Merged(**merged, rests=bool(speaking) and rests)
 
 
 def _given(value: Any) -> bool:

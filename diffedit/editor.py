@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import operator
 import os
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
@@ -126,7 +127,7 @@ class Editor:
         """
         workflow = self._workflow(what)
         seeds = _seeds(workflow.seed if seed is None else seed)
-        size = size or workflow.size
+        size = workflow.size if size is None else _size(size)
         if image is None and size is None:
             size = (self.model.sides[0],) * 2
         said = {"seed": seeds[0] if len(seeds) == 1 else seeds, "size": size}
@@ -156,20 +157,25 @@ class Editor:
                 records.append(outcome.record)
             pictures = tuple(given.canvas.picture(item) for item in range(len(seeds)))
             model = dict(self.model.info)
-            return Result(pictures, latents, seeds, workflow, tuple(records), model, source)
+            loaded = tuple(sorted(self._resources))
+            return Result(pictures, latents, seeds, workflow, tuple(records), model, source, loaded)
         finally:
             self._lock.release()
 
-    def _workflow(self, what: Runnable) -> Workflow:
+    def _workflow(self, what: object) -> Workflow:
         if isinstance(what, Workflow):
             if what.model != self.source:
                 log.warning(
                     "the workflow asks for the model %r and runs on %r", what.model, self.source
                 )
             return what.model_copy(update={"model": self.source})
-        passes = (what,) if isinstance(what, Pass) else tuple(what)
-        if not passes:
-            raise InputError("nothing to run: give at least one pass")
+        passes = tuple(what) if isinstance(what, list | tuple) else (what,)
+        if not passes or not all(isinstance(one, Pass) for one in passes):
+            said = ", ".join(type(one).__name__ for one in passes) or "nothing"
+            raise InputError(
+                f"cannot run {said}: give a Pass (edits go into Pass(edits=[...])), a list of"
+                " them, or a Workflow (a file opens with Workflow.load)"
+            )
         return Workflow(model=self.source, passes=passes)
 
     def _canvas(self, source: Picture | None, size: tuple[int, int] | None) -> Canvas:
@@ -189,6 +195,10 @@ class Editor:
         return (
             Canvas.blank((width, height), whole) if source is None else Canvas.open(source, whole)
         )
+
+    def forget(self) -> None:
+        """Let go of the control networks and detectors loaded so far; they load again when used."""
+        self._resources.clear()
 
     def _resource(self, key: str, loader: Callable[[], Any]) -> Any:
         if key not in self._resources:
@@ -238,12 +248,26 @@ class Stream(Iterator[Step]):
         return self._result
 
 
-def _seeds(seed: int | Sequence[int]) -> tuple[int, ...]:
-    seeds = (seed,) if isinstance(seed, int) else tuple(seed)
-    if not seeds:
+def _size(size: object) -> tuple[int, int]:
+    """A checked (width, height)."""
+    try:
+        width, height = (operator.index(side) for side in size)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        raise InputError(f"size {size!r}: needs (width, height) in whole pixels") from None
+    return width, height
+
+
+def _seeds(seed: object) -> tuple[int, ...]:
+    """Checked seeds, one per picture."""
+    given: list[Any] = list(seed) if isinstance(seed, Iterable) else [seed]
+    if not given:
         raise InputError("no seed given: one per picture")
+    try:
+        seeds = tuple(operator.index(one) for one in given)
+    except TypeError:
+        raise InputError(f"seed {seed!r}: needs a whole number from 0 to 2**63 - 1") from None
     for one in seeds:
-        if type(one) is not int or not 0 <= one < 2**63:
+        if not 0 <= one < 2**63:
             raise InputError(f"seed {one!r}: needs a whole number from 0 to 2**63 - 1")
     if len(set(seeds)) < len(seeds):
         raise InputError("a seed stands twice, and each makes a picture of its own: give it once")

@@ -15,6 +15,10 @@
     ├── PluginError              a plugin failed; names the plugin, its effects are undone
     └── Busy                     the editor is already running something
 
+Values (`Pass`, `Workflow`, edits) are pydantic models: made in Python with a wrong parameter they
+raise pydantic's ValidationError, a ValueError like `InputError`; read from a file or a command line
+they raise `ParameterError` or `WorkflowError`.
+
 Messages are one line that says what is wrong, where, and what would be right.
 """
 

@@ -51,7 +51,7 @@ class Guard:
         versions = [version(tensor) for tensor in lent]
         try:
             value = function(*args)
-        except DiffeditError:
+        except (DiffeditError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             said = str(error).splitlines()[0] if str(error) else "no message"

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator
-from contextlib import ExitStack, closing
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diffedit.denoiser import Denoiser
 from diffedit.draws import Draws
+from diffedit.edit import labels
 from diffedit.errors import DiffeditError, PluginError
 from diffedit.guard import Guard
 from diffedit.models.protocol import Conditioning
@@ -27,6 +28,10 @@ from diffedit.untouched import Untouched
 from diffedit.workflow import Pass
 
 log = logging.getLogger(__name__)
+
+
+class NotFinite(DiffeditError):
+    """Latents came out as NaN or inf; checked once per pass, and examined only then."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,54 +56,59 @@ def run_pass(pass_: Pass, given: Handover, setting: Setting) -> Generator[Step, 
         InputError: the pass cannot be run as it stands.
         PluginError: an edit breaks the contract.
     """
-    plan = Plan(pass_, given, setting, Guard())
-    notify = setting.plugins.notify
     index, passes = setting.position
+    with closing(_attempt(pass_, given, setting, Guard())) as steps:
+        while True:
+            try:
+                step = next(steps)
+            except StopIteration as end:
+                outcome: Outcome = end.value
+                return outcome
+            except NotFinite:
+                for _ in _attempt(pass_, given, setting, Guard(diagnosing=True)):
+                    pass  # raises with the culprit's name
+                raise
+            step = replace(step, _look=setting.model.preview, pass_index=index, passes=passes)
+            setting.plugins.notify("step_done", step=step)
+            yield step
+
+
+def _attempt(
+    pass_: Pass, given: Handover, setting: Setting, guard: Guard
+) -> Generator[Step, None, Outcome]:
+    """Plan and run a pass; whatever is left in the model is undone."""
+    with ExitStack() as undo:
+        who = ", ".join(labels(pass_.edits)) or "the model"
+        untouched = undo.enter_context(Untouched(setting.model.parts(), who))
+        with untouched.watching():
+            plan = Plan(pass_, given, setting, guard)
+        if not guard.diagnosing:
+            undo.enter_context(_announced(plan))
+        trip = _Trip(plan)
+        if plan.rests:
+            return trip.finish(None)
+        latents = yield from trip.sample(undo, untouched)
+        return trip.finish(latents)
+
+
+@contextmanager
+def _announced(plan: Plan) -> Iterator[None]:
+    """Tell the observers that the pass begins, and how it ended."""
+    notify = plan.setting.plugins.notify
     error: BaseException | None = None
     try:
-        notify("pass_started", pass_=pass_, run=plan.run)
-        with closing(_attempt(plan)) as steps:
-            while True:
-                try:
-                    step = next(steps)
-                except StopIteration as end:
-                    outcome: Outcome | None = end.value
-                    break
-                step = replace(step, _look=plan.model.preview, pass_index=index, passes=passes)
-                notify("step_done", step=step)
-                yield step
-        if outcome is None:
-            _diagnose(Plan(pass_, given, setting, Guard(diagnosing=True)))
-            raise DiffeditError("sampling gave values that are not finite: try dtype float32")
-        return outcome
+        notify("pass_started", pass_=plan.pass_, run=plan.run)
+        yield
     except BaseException as raised:
         error = raised
         raise
     finally:
         try:
-            notify("pass_finished", pass_=pass_, error=error)
+            notify("pass_finished", pass_=plan.pass_, error=error)
         except PluginError as late:
             if error is None:
                 raise
             log.warning("%s", late)  # the error under way says more
-
-
-def _attempt(plan: Plan) -> Generator[Step, None, Outcome | None]:
-    """Run a planned pass; None when its latents are not finite."""
-    trip = _Trip(plan)
-    if plan.rests:
-        return trip.finish(None)
-    with ExitStack() as undo:
-        untouched = Untouched(plan.model.parts(), ", ".join(plan.labels))
-        undo.enter_context(untouched)
-        latents = yield from trip.sample(undo, untouched)
-        return None if latents is None else trip.finish(latents)
-
-
-def _diagnose(plan: Plan) -> None:
-    """Run again what came out not finite and look at every part; raises with the culprit's name."""
-    for _ in _attempt(plan):
-        pass
 
 
 class _Trip:
@@ -115,8 +125,8 @@ class _Trip:
         self.clock = time.perf_counter()
         self.timings: dict[str, float] = {}
 
-    def sample(self, undo: ExitStack, untouched: Untouched) -> Generator[Step, None, Tensor | None]:
-        """Patches, embed, draws, prepare, loop. Returns None when the latents are not finite."""
+    def sample(self, undo: ExitStack, untouched: Untouched) -> Generator[Step, None, Tensor]:
+        """Patches, embed, draws, prepare, loop; returns the latents."""
         pass_, schedule = self.plan.pass_, self.plan.schedule
         for part in self.merged.patches:
             untouched = Untouched(self.model.parts(), part.owner, untouched)
@@ -130,7 +140,6 @@ class _Trip:
         branches = self._embed()
         self._lap("embed")
         draws = Draws(self.plan)
-        latents, constrain = draws.begin()
         channels = draws.channels()
         references = [draws.reference(part) for part in self.merged.rows]
         self._lap("encode")
@@ -139,14 +148,14 @@ class _Trip:
                 if not isinstance(step, Step):
                     raise PluginError(one.owner, f"prepare yielded {type(step).__name__}, no Step")
                 yield step
+        latents, constrain = draws.begin()
         denoise = Denoiser(
-            self.model,
+            self.run,
             schedule,
             self.merged,
             branches,
             references=references,
             channels=channels,
-            items=self.run.items,
             guidance=pass_.guidance,
             rescale=pass_.rescale,
             embedded_guidance=(
@@ -164,7 +173,9 @@ class _Trip:
             latents = step.latents
             yield step
         self._lap("sample")
-        return latents if bool(torch.isfinite(latents).all()) else None
+        if not torch.isfinite(latents).all():
+            raise NotFinite("sampling gave values that are not finite: try dtype float32")
+        return latents
 
     def _embed(self) -> dict[str, Conditioning]:
         """One row of conditioning per prediction."""
@@ -180,7 +191,7 @@ class _Trip:
         if latents is None:
             pixels = canvas.region_pixels
         else:
-            decoded = self.model.decode(latents).cpu()
+            decoded = self.model.decode(self.run.laid_out(latents)).cpu()
             if not torch.isfinite(decoded).all():
                 raise DiffeditError("decoding gave values that are not finite: try dtype float32")
             pixels = canvas.to_region(decoded)

@@ -5,7 +5,8 @@ The phases regions, contribute and merge; the sampling itself is in `diffedit.pa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,13 +15,15 @@ from torch import Tensor
 
 from diffedit.box import Box
 from diffedit.canvas import Canvas, Frame, exact_frame, frame
-from diffedit.edit import Contribution, Edit, canonical, labels, merge
+from diffedit.edit import Contribution, Pixels, Start, canonical, labels, merge
 from diffedit.errors import (
     CapabilityError,
+    ConflictError,
     InputError,
     MaskError,
     ParameterError,
     PluginError,
+    SchedulerError,
     nearest,
 )
 from diffedit.guard import Guard
@@ -30,6 +33,8 @@ from diffedit.plugins import Plugins
 from diffedit.run import Run, Streams
 from diffedit.schedulers import Schedule
 from diffedit.workflow import Pass
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,74 +94,123 @@ class Plan:
         self.model = setting.model
         self.edits = list(pass_.edits) if setting.compat else canonical(pass_.edits)
         self.labels = labels(self.edits)
-        self.canvas = given.canvas.focused(self._frame())
-        self.run = Run(
-            canvas=self.canvas,
-            model=self.model,
-            prompt=pass_.prompt or "",
-            negative=pass_.negative,
-            steps=pass_.steps,
-            streams=_streams(setting),
-            compat=setting.compat,
-            preprocessors=setting.plugins.preprocessors,
-            load=setting.load,
-        )
-        self.merged = merge(
-            [
-                (e, self._contribution(e, label))
-                for e, label in zip(self.edits, self.labels, strict=True)
-            ]
-        )
-        self.rests = pass_.prompt is None and self.merged.only_finishes
+        self.canvas = given.canvas
+        boxes = self._boxes()
+        made = self._contributions(boxes)
+        beyond = self._beyond(made, boxes)
+        if beyond:  # a mask without a wish lies outside: start again with a region that holds it
+            boxes |= beyond
+            made = self._contributions(boxes)
+        self.merged = merge(list(zip(self.edits, made, strict=True)))
+        self.rests = pass_.prompt is None and self.merged.rests
         if self.rests:  # nothing is sampled, so nothing need fit the model: work at full resolution
             box = self.canvas.frame.region
             self.canvas = self.canvas.focused(Frame(box, box.size, box.size))
-        else:
-            self._check_capabilities()
-            self.predictions = self._predictions()
-            self.schedule = self._schedule()
+            return
+        self._check_capabilities()
+        self._check_picture()
+        self.predictions = self._predictions()
+        self.schedule = self._schedule()
 
-    def _frame(self) -> Frame:
-        canvas, model = self.given.canvas, self.model
-        if self.setting.compat:
-            return exact_frame(canvas.image_size, model.grid)
-        shown = canvas.source or canvas.picture(0)
-        whole = Box(0, 0, *canvas.image_size)
-        boxes = []
+    # --- regions, contribute ----------------------------------------------------------------------
+
+    def _boxes(self) -> dict[str, Box]:
+        """The boxes that edits ask for, by label."""
+        shown = self.given.canvas.so_far
+        whole = Box(0, 0, *self.given.canvas.image_size)
+        boxes: dict[str, Box] = {}
         for edit, label in zip(self.edits, self.labels, strict=True):
             box: object = self.guard.call(label, "region", edit.region, shown)
             if box is None:
                 continue
             if not isinstance(box, Box) or min(box.clip(whole).size) < 1:
                 raise PluginError(label, f"region {box!r} is no Box that holds pixels of the image")
-            boxes.append(box)
-        return frame(canvas.image_size, boxes, model.sides, model.grid)
+            boxes[label] = box
+        return boxes
 
-    def _contribution(self, edit: Edit, label: str) -> Contribution:
-        lent = (self.canvas.composite, self.canvas.pixels)
-        made = self.guard.call(label, "contribute", edit.contribute, self.run, lent=lent)
+    def _contributions(self, boxes: Mapping[str, Box]) -> list[Contribution]:
+        """Ask every edit, on a canvas whose region holds the boxes."""
+        given, model = self.given.canvas, self.model
+        if self.setting.compat:
+            where = exact_frame(given.image_size, model.grid)
+        else:
+            where = frame(given.image_size, list(boxes.values()), model.sides, model.grid)
+        self.canvas = given.focused(where)
+        self.run = Run(
+            canvas=self.canvas,
+            model=model,
+            prompt=self.pass_.prompt or "",
+            negative=self.pass_.negative,
+            steps=self.pass_.steps,
+            streams=_streams(self.setting),
+            compat=self.setting.compat,
+            preprocessors=self.setting.plugins.preprocessors,
+            load=self.setting.load,
+        )
+        lent = (self.canvas.composite,)
+        made = []
+        for edit, label in zip(self.edits, self.labels, strict=True):
+            one = self.guard.call(label, "contribute", edit.contribute, self.run, lent=lent)
+            self._check(label, one)
+            made.append(one)
+        return made
+
+    def _beyond(self, made: Sequence[Contribution], boxes: Mapping[str, Box]) -> dict[str, Box]:
+        """The boxes of masks that reach beyond the region, by label."""
+        found: dict[str, Box] = {}
+        region = self.canvas.frame.region
+        for label, one in zip(self.labels, made, strict=True):
+            if one.mask is None or not bool(one.mask.any()):
+                continue
+            ys, xs = one.mask.amax(dim=(0, 1)).nonzero(as_tuple=True)
+            box = Box(int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)
+            if region.contains(box):
+                continue
+            if label in boxes:
+                raise PluginError(label, "its mask reaches beyond the region it asked for")
+            found[label] = box
+        return found
+
+    def _check(self, label: str, made: object) -> None:
+        """Refuse what cannot be a contribution, and name whose it is."""
         if not isinstance(made, Contribution):
             raise PluginError(
                 label, f"contribute returned {type(made).__name__}, not a Contribution"
             )
-        mask = made.mask
         width, height = self.canvas.image_size
-        if mask is not None:
-            mask = self.fitting(label, "mask", mask, (1, height, width), move=False)
+        if made.mask is not None:
+            mask = self.fitting(label, "mask", made.mask, (1, height, width), move=False)
+            if mask.device.type != "cpu":
+                raise PluginError(label, "mask must be on the CPU, where the canvas is")
             if not mask.is_floating_point() or not bool(((mask >= 0) & (mask <= 1)).all()):
                 raise PluginError(label, "mask must hold floating-point values in [0, 1]")
-            outside = mask.clone()
-            box = self.canvas.frame.region
-            outside[..., box.top : box.bottom, box.left : box.right] = 0
-            if outside.any():
-                raise PluginError(label, "its mask reaches beyond the region it asked for")
         for part in (made.keep, *(term.weight for term in made.terms)):
             if isinstance(part, Tensor):
                 self.fitting(label, "keep or weight", part, (1, *self.latent_shape[1:]), move=False)
-        start, end = made.during
-        if not 0 <= start <= end <= 1:
-            raise InputError(f"{label}: needs 0 <= start <= end <= 1, got {start:g} and {end:g}")
-        return made
+        start: object = made.start
+        if start is not None and not isinstance(start, Start):
+            raise PluginError(label, f"start is {type(start).__name__}, not a Start")
+        for row in made.rows:
+            if isinstance(row.latents, Pixels):
+                self._check_pixels(label, row.latents)
+        for value in made.channels.values():
+            if isinstance(value, Pixels):
+                self._check_pixels(label, value)
+        for branch in made.branches:
+            prompt: object = branch.prompt
+            if not isinstance(prompt, str | Conditioning):
+                said = type(prompt).__name__
+                raise PluginError(label, f"a branch's prompt is {said}, not a text or Conditioning")
+        try:
+            first, last = (float(edge) for edge in made.during)
+        except (TypeError, ValueError):
+            raise PluginError(label, f"during is {made.during!r}, not (start, end)") from None
+        if not 0 <= first <= last <= 1:
+            raise InputError(f"{label}: needs 0 <= start <= end <= 1, got {first:g} and {last:g}")
+
+    def _check_pixels(self, label: str, value: Pixels) -> None:
+        width, height = self.canvas.size
+        self.fitting(label, "a picture to encode", value.pixels, (3, height, width), move=False)
 
     def fitting(
         self, owner: str, what: str, value: Any, shape: tuple[int, ...], move: bool = True
@@ -173,17 +227,14 @@ class Plan:
             )
         return value.to(self.model.device) if move else value
 
+    # --- what can be refused before any model runs ------------------------------------------------
+
     def _check_capabilities(self) -> None:
         needs = {
             "control": [part.owner for part in self.merged.residuals],
             "shared_attention": [p.owner for p in self.merged.attention]
             + [p.owner for p in self.merged.rows],
             "tokens": [part.owner for part in self.merged.tokens],
-        }
-        needs |= {
-            f"channel {role!r}": [part.owner]
-            for role, part in self.merged.channels.items()
-            if f"{role}_channels" not in self.model.capabilities
         }
         needs |= {f"condition {k!r}": [p.owner] for k, p in self.merged.conditioning.items()}
         for capability, owners in needs.items():
@@ -192,16 +243,38 @@ class Plan:
                     f"{', '.join(dict.fromkeys(owners))}: this model cannot carry it, it has no"
                     f" {capability} (it has: {', '.join(sorted(self.model.capabilities)) or '-'})"
                 )
-        if self.canvas.source is None and not self.canvas.touched.any():
-            asks = [
-                p.owner for p in (self.merged.start,) if p and isinstance(p.value.latents, Canvas)
-            ]
-            asks += [part.owner for part in self.merged.keep]
-            if asks or self.merged.mask is not None:
-                who = asks[0] if asks else ", ".join(self.labels)
-                raise InputError(f"{who}: needs a picture to edit; this pass starts from nothing")
-        if self.merged.mask is not None and not self.merged.mask.any():
+        roles = self.model.roles
+        for role, part in self.merged.channels.items():
+            if role not in roles:
+                raise CapabilityError(
+                    f"{part.owner}: this model takes no channel {role!r}"
+                    f" (it takes: {', '.join(roles) or 'none'})"
+                )
+            if self.merged.mask is not None and role in ("mask", "masked"):
+                raise ConflictError(
+                    f"{part.owner!r} sets the channel {role!r}, which the masks of this pass"
+                    " decide: put them into two passes"
+                )
+            if isinstance(part.value, Tensor):
+                shape = (roles[role], *self.latent_shape[1:])
+                self.fitting(part.owner, f"channel {role!r}", part.value, shape, move=False)
+
+    def _check_picture(self) -> None:
+        """Refuse edits of a picture that is not there, and say when one is not looked at."""
+        merged, start = self.merged, self.merged.start
+        reads = [start.owner] if start and isinstance(start.value.latents, Canvas) else []
+        reads += [part.owner for part in merged.keep]
+        if self.canvas.empty and (reads or merged.mask is not None):
+            who = reads[0] if reads else ", ".join(self.labels)
+            raise InputError(f"{who}: needs a picture to edit; this pass starts from nothing")
+        if merged.mask is not None and not merged.mask.any():
             raise MaskError("the mask selects nothing: white (1) is where the picture is to change")
+        looks = reads or merged.mask is not None or merged.residuals or merged.start
+        if not self.canvas.empty and not looks:
+            log.warning(
+                "no edit of this pass looks at the picture, so nothing of it is kept:"
+                " img2img starts from it, inpaint keeps what its mask leaves out"
+            )
 
     def _predictions(self) -> dict[str, str | Conditioning]:
         """What each prediction is conditioned on, in batch order: the negative first."""
@@ -224,9 +297,18 @@ class Plan:
         at = start.value.at if start else 1.0
         if not 0 < at <= 1:
             raise InputError(f"strength must lie in (0, 1], got {at:g}")
-        return self.model.schedule(
+        schedule = self.model.schedule(
             self.pass_.scheduler, self.pass_.steps, at, compat=self.setting.compat
         )
+        noised = [start.owner] if start else [part.owner for part in self.merged.keep]
+        noised += [p.owner for p in self.merged.rows if isinstance(p.value.latents, Pixels)]
+        noised += [] if self.merged.mask is None else ["a mask"]
+        if noised and not schedule.tells_noise:
+            raise SchedulerError(
+                f"{noised[0]} needs a picture at every noise level, and"
+                f" {type(schedule.scheduler).__name__} has no add_noise: use another scheduler"
+            )
+        return schedule
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -253,7 +335,7 @@ class Plan:
 
 def _streams(setting: Setting) -> Streams:
     if not setting.compat:
-        return Streams(setting.seeds)
+        return Streams(setting.seeds, setting.position[0])
     if len(setting.seeds) != 1:
         raise InputError("compat mode compares one picture at a time: give one seed")
-    return Streams(setting.seeds, torch.Generator().manual_seed(setting.seeds[0]))
+    return Streams(setting.seeds, single=torch.Generator().manual_seed(setting.seeds[0]))

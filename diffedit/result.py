@@ -34,6 +34,7 @@ class Result:
         passes: for each pass the order of its edits, the calls made, the region and the timings.
         model: what the model says of itself.
         source: the picture that was edited; None when the result was made from nothing.
+        resources: the heavy parts (control networks, detectors) that the editor had loaded.
     """
 
     pictures: tuple[Picture, ...]
@@ -43,6 +44,7 @@ class Result:
     passes: tuple[dict[str, Any], ...]
     model: dict[str, Any] = field(repr=False)
     source: Picture | None = field(default=None, repr=False)
+    resources: tuple[str, ...] = ()
 
     @property
     def images(self) -> list[PIL.Image.Image]:
@@ -81,6 +83,7 @@ class Result:
             "seeds": list(self.seeds),
             "source": None if self.source is None else self.source.digest,
             "passes": list(self.passes),
+            "resources": list(self.resources),
         }
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = True) -> list[Path]:

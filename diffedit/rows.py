@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,20 @@ class RowMap:
         at = {(k.branch, k.item): i for i, k in enumerate(self.keys) if k.reference == reference}
         return [at[key.branch, key.item] for key in self.keys]
 
+    def index_beside(self, reference: str, device: torch.device) -> torch.Tensor:
+        """`beside` as a tensor ``(rows,)`` for indexing on a device."""
+        return index_on(tuple(self.beside(reference)), device)
+
+    def is_canvas(self, device: torch.device) -> torch.Tensor:
+        """Which rows show the canvas, ``(rows,)`` bool."""
+        return index_on(tuple(int(key.reference is None) for key in self.keys), device).bool()
+
     def only(self, indices: Sequence[int]) -> RowMap:
         """Some of the rows, in the order given."""
         return RowMap(tuple(self.keys[i] for i in indices))
+
+
+@functools.lru_cache(maxsize=256)
+def index_on(indices: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Indices as a tensor, copied once: indexing with a list makes a GPU wait each time."""
+    return torch.tensor(indices, device=device)

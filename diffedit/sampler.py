@@ -15,7 +15,7 @@ from diffedit.schedulers import Schedule
 class Denoise(Protocol):
     """One prediction for one call: raw output (epsilon, v, …) from unscaled latents."""
 
-    def __call__(self, latents: Tensor, call: int) -> Tensor:
+    def __call__(self, latents: Tensor, index: int) -> Tensor:
         """Predict."""
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SCHEDULERS",
+    "Call",
     "Schedule",
     "SchedulerInfo",
     "build",
@@ -205,6 +206,26 @@ def _unfit(scheduler: Any, own: Any) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of a trip, as contributed functions see it.
+
+    Attributes:
+        index: which call, counted from 0.
+        total: how many calls the trip makes, after strength has cut the schedule.
+        timestep: the model's timestep at this call.
+        signal: `a`, where the latents before the call are ``a * x0 + s * noise``; nan for a
+            scheduler that does not tell.
+        noise: `s` of the same.
+    """
+
+    index: int
+    total: int
+    timestep: float
+    signal: float = math.nan
+    noise: float = math.nan
+
+
 def sd_calls_kept(steps: int, at: float) -> int:
     """Steps that run at strength ``at``, as SD and SDXL round."""
     return min(int(steps * at), steps)
@@ -309,6 +330,11 @@ class Schedule:
         """Standard deviation of the latents that pure noise starts from."""
         return float(getattr(self.scheduler, "init_noise_sigma", 1.0))
 
+    def call(self, i: int) -> Call:
+        """Call `i` as contributed functions see it."""
+        a, s = self._levels[i] if self.tells_noise else (math.nan, math.nan)
+        return Call(i, len(self), float(self._calls[i]), a, s)
+
     def scale(self, latents: Tensor, i: int) -> Tensor:
         """The latents as the model wants to see them at call ``i``, the next to be made."""
         self._expect(i)
@@ -330,8 +356,9 @@ class Schedule:
             return x0
         if self._noise_fn is None:
             raise SchedulerError(f"{self._name} cannot noise a source image")
-        # The sigma samplers ignore the timestep given here and use their own position.
-        if i == self._done and (self.compat or i not in self._inner):
+        # Only for comparisons: it makes a GPU wait, and the sigma samplers ignore the timestep
+        # given here and use their own position.
+        if self.compat and i == self._done:
             return self._noise_fn(x0, noise, self._calls[i][None])
         a, s = self._levels[i]
         return a * x0 + s * noise

@@ -73,7 +73,9 @@ class Untouched:
                 if key in was and key in now and _same(now[key], was[key]):
                     continue
                 left[key.strip("_")] = None
-                if key not in was:
+                if key in _HOOKS and key not in was:
+                    module.__dict__[key].clear()
+                elif key not in was:
                     del module.__dict__[key]
                 elif isinstance(was[key], dict):
                     held = module.__dict__.setdefault(key, type(was[key])())
@@ -104,15 +106,20 @@ class Untouched:
 
 
 def _structure(module: torch.nn.Module) -> dict[str, Any]:
-    """What a module consists of: parts, weights, hooks, mode, and how it attends."""
-    return {
-        key: value.copy() if isinstance(value, dict) else value
-        for key, value in module.__dict__.items()
-        if key in _PARTS or "_hook" in key
-    }
+    """What a module consists of: parts, weights, hooks if it has any, mode, how it attends."""
+    own = module.__dict__
+    kept = {key: own[key].copy() for key in _PARTS}
+    kept |= {key: own[key].copy() for key in _HOOKS if own.get(key)}
+    kept |= {key: own[key] for key in ("training", "forward", "processor") if key in own}
+    return kept
 
 
-_PARTS = {"_parameters", "_buffers", "_modules", "training", "forward", "processor"}
+_PARTS = ("_parameters", "_buffers", "_modules")
+_HOOKS = frozenset(
+    key
+    for key, value in torch.nn.Module().__dict__.items()
+    if "_hook" in key and isinstance(value, dict)
+)
 
 
 def _same(a: Any, b: Any) -> bool:

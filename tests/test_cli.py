@@ -307,7 +307,7 @@ def test_warnings_are_told_once(here: Path, model: Path, capfd: pytest.CaptureFi
     assert main(edit(*said, out="out.jpg")) == 0
     notes = capfd.readouterr().err.splitlines()
     assert len(notes) == 2
-    assert "nothing of photo.png is kept" in notes[0]
+    assert "nothing of it is kept" in notes[0]
     assert "JPEG is lossy" in notes[1]
     assert all(note.startswith("diffedit: ") for note in notes)
 

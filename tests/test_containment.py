@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffedit import Box, Branch, Contribution, Guidance, Pass, Patch, Pixels, Row, Start
+from diffedit import Box, Branch, Call, Contribution, Guidance, Pass, Patch, Pixels, Row, Start
 from diffedit.attention import QKV
 from diffedit.errors import DiffeditError, InputError, PluginError
 from diffedit.models.protocol import Residuals
@@ -46,7 +46,7 @@ def refused(watched: Watched, said: str, *edits: Any, who: str = "custom", **opt
 
 
 def at(step: int, value: Callable[[Any], Any]) -> Callable[..., Any]:
-    return lambda given, call: value(given) if call == step else _plain(given)
+    return lambda given, call: value(given) if call.index == step else _plain(given)
 
 
 def _plain(given: Any) -> Any:
@@ -61,7 +61,7 @@ def attending(change: Callable[[QKV], Any], step: int = 0) -> Callable[..., Any]
 def residuals(change: Callable[[torch.Tensor], torch.Tensor], rows: int | None = None) -> Any:
     """Zeros where a control network of the tiny model would speak, changed."""
 
-    def made(x: Any, step: int) -> Residuals:
+    def made(x: Any, step: Call) -> Residuals:
         n = rows or len(x.rows)
         sides = ((32, 8), (32, 8), (32, 4), (64, 4), (64, 4))
         places = [torch.zeros(n, c, s, s) for c, s in sides]

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffedit import Branch, Contribution, Edit, Guidance, Patch, Row, Run, Start, Tokens
+from diffedit import Branch, Call, Contribution, Edit, Guidance, Patch, Row, Run, Start, Tokens
 from diffedit.edit import canonical, labels, merge
 from diffedit.errors import ConflictError, ParameterError, PluginError
 
@@ -159,7 +159,8 @@ def test_during_travels_with_every_part() -> None:
     assert [part.during for part in merged.terms] == [(0.25, 0.5)]
     assert [part.during for part in merged.refine] == [(0.25, 0.5)]
     # as diffusers' ControlNet windows: off when i/n < start or (i+1)/n > end
-    assert [merged.refine[0].active(i, 8) for i in range(8)] == [i in (2, 3) for i in range(8)]
+    active = [merged.refine[0].active(Call(i, 8, 0.0)) for i in range(8)]
+    assert active == [i in (2, 3) for i in range(8)]
 
 
 @given(st.permutations([A(x=0.5), A(x=0.25), B(), Late(), Early(), B(x=1), A(id="i", after=None)]))
@@ -189,8 +190,11 @@ def test_what_after_and_id_cannot_say(edits: list[Edit], error: Any, said: str) 
 
 
 def test_only_what_finishes_needs_no_sampler() -> None:
-    assert merge([(A(), Contribution(finish=nothing, mask=torch.ones(1, 1, 2, 2)))]).only_finishes
-    assert not merge([(A(), Contribution())]).only_finishes
+    assert merge([(A(), Contribution(finish=nothing, mask=torch.ones(1, 1, 2, 2)))]).rests
+    assert not merge([(A(), Contribution())]).rests
+    finishing = (A(), Contribution(finish=nothing))
+    assert merge([finishing, (B(), Contribution())]).rests
+    assert not merge([finishing, (B(), Contribution(mask=torch.ones(1, 1, 2, 2)))]).rests
     for field, value in (
         ("refine", nothing),
         ("start", Start(torch.zeros(1), 1)),
@@ -198,7 +202,7 @@ def test_only_what_finishes_needs_no_sampler() -> None:
         ("rows", (Row("r", nothing),)),
         ("channels", {"p": torch.zeros(1)}),
     ):
-        assert not merge([(A(), giving(finish=nothing, **{field: value}))]).only_finishes
+        assert not merge([(A(), giving(finish=nothing, **{field: value}))]).rests
 
 
 def test_a_digest_follows_parameters_and_not_names() -> None:

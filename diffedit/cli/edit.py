@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     from diffedit.result import Result
     from diffedit.sampler import Step
     from diffedit.workflow import Workflow
-
-log = logging.getLogger(__name__)
 
 Command = Callable[..., Any]
 
@@ -103,8 +100,6 @@ def edit(
     if said["prompt"] is None and not edits:
         raise InputError("nothing to do: give --prompt, --edit or both")
     workflow = workflow_of(edits, **said)
-    if image is not None and not edits:
-        log.warning("no --edit, so nothing of %s is kept; --edit img2img starts from it", image)
     _do(workflow, image, output, overwrite, device, dtype, as_json)
 
 

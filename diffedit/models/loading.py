@@ -52,7 +52,7 @@ def load(
     """
     import torch
 
-    where = str(EMBEDDED) if str(source) == TINY else os.fspath(source)
+    where = _resolved(source)
     config = configuration(where, revision)
     family = next((f for f in families.values() if f.recognises(config)), None)
     if family is None:
@@ -71,24 +71,17 @@ def configuration(source: str, revision: str | None = None) -> Mapping[str, Any]
     Raises:
         ModelError: nothing is there, or it is not a model.
     """
-    path = Path(source).expanduser()
-    if path.suffix.lower() in _PICKLES:
-        raise _unsafe(path)
+    path = Path(source)
+    _check_file(path)
     if path.is_file():
-        if path.suffix.lower() != ".safetensors":
-            raise ModelError(f"{path}: not a model; give a diffusers folder or a .safetensors file")
         return _single_file(path)
     if path.is_dir():
         _refuse_pickles(path)
         index = path / "model_index.json"
         if not index.exists():
             raise ModelError(f"{path}: no model_index.json, so it is not a diffusers model folder")
-        try:
-            found: Mapping[str, Any] = json.loads(index.read_text("utf-8"))
-        except ValueError as error:
-            raise ModelError(f"{index}: not valid JSON ({error})") from error
-        return found
-    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
+        return _json(index)
+    if not _could_be_on_the_hub(source):
         hint = nearest(source, [TINY]) if "/" not in source else ""
         raise ModelError(f"{source}: no such model folder or file{hint}")
     return _from_hub(source, revision)
@@ -132,7 +125,7 @@ def components(cls: Any, source: str, **options: Any) -> Any:
         options: ``device``, ``dtype``, ``revision``, ``variant``.
     """
     device, dtype = options["device"], options["dtype"]
-    if source.endswith(".safetensors"):
+    if Path(source).is_file():
         load = cls.from_single_file
         said: dict[str, Any] = {}
     else:
@@ -141,29 +134,28 @@ def components(cls: Any, source: str, **options: Any) -> Any:
     try:
         pipe = load(
             source,
-            torch_dtype=dtype,
+            dtype=dtype,
             revision=options["revision"],
             safety_checker=None,
             requires_safety_checker=False,
             **said,
         )
+        return pipe.to(device)
     except Exception as error:
         raise ModelError(f"{source}: cannot be loaded ({_first_line(error)})") from error
-    return pipe.to(device)
 
 
 def pretrained(cls: Any, source: str, **options: Any) -> Any:
     """One component, such as a control network, from a folder, a hub id or a single file."""
-    path = Path(source).expanduser()
-    if path.suffix.lower() in _PICKLES:
-        raise _unsafe(path)
+    source = _resolved(source)
+    path = Path(source)
+    _check_file(path)
     try:
         if path.is_file():
-            return cls.from_single_file(str(path), **options)
+            return cls.from_single_file(source, **options)
         if path.is_dir():
             _refuse_pickles(path)
-            source = str(path)
-        elif path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
+        elif not _could_be_on_the_hub(source):
             raise ModelError(f"{source}: no such folder or file")
         return cls.from_pretrained(source, use_safetensors=True, **options)
     except ModelError:
@@ -174,7 +166,7 @@ def pretrained(cls: Any, source: str, **options: Any) -> Any:
 
 def inspect(source: str | os.PathLike[str]) -> dict[str, Any]:
     """What a model says of itself, from its configuration files alone."""
-    where = EMBEDDED if str(source) == TINY else Path(source).expanduser()
+    where = Path(_resolved(source))
     found: dict[str, Any] = {
         "source": str(source),
         "class": configuration(str(where)).get("_class_name"),
@@ -182,12 +174,39 @@ def inspect(source: str | os.PathLike[str]) -> dict[str, Any]:
     if not where.is_dir():
         return found
     for part in sorted(where.glob("*/*config.json")):
-        settings = json.loads(part.read_text("utf-8"))
+        settings = _json(part)
         keep = {k: v for k, v in settings.items() if isinstance(v, str | int | float | bool)}
         found[part.parent.name] = {k: v for k, v in keep.items() if not k.startswith("_")}
     weights = list(where.rglob("*.safetensors"))
     found["bytes"] = sum(file.stat().st_size for file in weights)
     found["files"] = sorted(str(file.relative_to(where)) for file in weights)
+    return found
+
+
+def _resolved(source: str | os.PathLike[str]) -> str:
+    """The embedded model's folder for its name; a home folder's ``~`` spelt out."""
+    return str(EMBEDDED) if str(source) == TINY else os.path.expanduser(os.fspath(source))  # noqa: PTH111 - a hub id is no path
+
+
+def _could_be_on_the_hub(source: str) -> bool:
+    return source.count("/") == 1 and not source.startswith((".", "/"))
+
+
+def _check_file(path: Path) -> None:
+    """Refuse files that are no .safetensors, pickles with the reason."""
+    if path.suffix.lower() in _PICKLES:
+        raise _unsafe(path)
+    if path.is_file() and path.suffix.lower() != ".safetensors":
+        raise ModelError(f"{path}: not a model; give a diffusers folder or a .safetensors file")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{path}: not valid JSON ({_first_line(error)})") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path}: not a model's configuration, which is an object in braces")
     return found
 
 

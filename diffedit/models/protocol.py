@@ -7,7 +7,7 @@ them into tokens does so inside `LatentModel.predict`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffedit.attention import Transform
-from diffedit.rows import RowMap
+from diffedit.rows import RowMap, index_on
 from diffedit.schedulers import Schedule
 
 
@@ -38,7 +38,12 @@ class Conditioning:
 
     def rows(self, indices: Sequence[int]) -> Conditioning:
         """Pick rows by index; an index may repeat."""
-        return Conditioning({key: value[list(indices)] for key, value in self.tensors.items()})
+        return Conditioning(
+            {
+                key: value[index_on(tuple(indices), value.device)]
+                for key, value in self.tensors.items()
+            }
+        )
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
@@ -65,7 +70,7 @@ class Residuals:
         places = []
         for place in self.places:
             full = place.new_zeros(total, *place.shape[1:])
-            full[list(indices)] = place
+            full[index_on(tuple(indices), place.device)] = place
             places.append(full)
         return Residuals(tuple(places))
 
@@ -97,12 +102,12 @@ class ModelInput:
         """The same call with some of its rows."""
         if list(indices) == list(range(len(self.rows))):
             return self
-        pick = list(indices)
+        pick = index_on(tuple(indices), self.latents.device)
         return ModelInput(
             latents=self.latents[pick],
             timestep=self.timestep,
-            conditioning=self.conditioning.rows(pick),
-            rows=self.rows.only(pick),
+            conditioning=self.conditioning.rows(indices),
+            rows=self.rows.only(indices),
             channels={role: value[pick] for role, value in self.channels.items()},
             guidance=self.guidance,
         )
@@ -119,12 +124,15 @@ class LatentModel(Protocol):
         grid: pixels per latent cell along one side; working sizes are multiples of it.
         sides: the smallest and the largest side, in pixels, of a working region.
         channels: channels of a latent.
+        roles: further inputs of the denoiser by role, and how many channels each has: ``mask`` and
+            ``masked`` of an inpainting model.
     """
 
     capabilities: frozenset[str]
     grid: int
     sides: tuple[int, int]
     channels: int
+    roles: Mapping[str, int]
 
     @property
     def info(self) -> Mapping[str, Any]:
@@ -184,14 +192,10 @@ class ModelFamily(Protocol):
         """Load the model. Raises `ModelError` in one clear line."""
 
 
-#: Loads something heavy once per editor: ``resource(key, loader)``.
-Resource = Callable[[str, Callable[[], Any]], Any]
-
 __all__ = [
     "Conditioning",
     "LatentModel",
     "ModelFamily",
     "ModelInput",
     "Residuals",
-    "Resource",
 ]

@@ -6,7 +6,7 @@ A diffusers pipeline serves as a bundle of components and loaders; it is never c
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
@@ -42,7 +42,8 @@ class StableDiffusion:
         self.vae: Any = pipe.vae
         self.grid: int = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.channels: int = self.vae.config.latent_channels
-        native = int(self.unet.config.sample_size) * self.grid
+        cells = self.unet.config.sample_size
+        native = (min(cells) if isinstance(cells, list | tuple) else int(cells or 64)) * self.grid
         self.sides = (native, LARGEST * native)
         inputs = self.unet.config.in_channels
         if inputs not in (self.channels, 2 * self.channels + 1):
@@ -51,23 +52,30 @@ class StableDiffusion:
                 f" {self.channels} and {2 * self.channels + 1} (inpainting) are"
             )
         found = {"control", "shared_attention"}
+        self.roles: Mapping[str, int] = {}
         if inputs != self.channels:
             found.add("mask_channels")
+            self.roles = {"mask": 1, "masked": self.channels}
         if self.unet.config.time_cond_proj_dim is not None:
             found.add("embedded_guidance")
         self.capabilities = frozenset(found)
+        self._counts = {
+            name: sum(weight.numel() for weight in part.parameters())
+            for name, part in zip(("unet", "vae", "text_encoder"), self.parts(), strict=True)
+        }
         self._rows = RowMap(())
         self._look: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the denoiser's weights are."""
-        return cast(torch.device, self.unet.device)
+        # diffusers' own property walks through all modules each time.
+        return cast(torch.device, next(self.unet.parameters()).device)
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the denoiser's weights."""
-        return cast(torch.dtype, self.unet.dtype)
+        return cast(torch.dtype, next(self.unet.parameters()).dtype)
 
     @property
     def info(self) -> Mapping[str, Any]:
@@ -75,24 +83,17 @@ class StableDiffusion:
         return {
             "source": self.source,
             "family": Family.name,
-            "parameters": {
-                name: sum(weight.numel() for weight in part.parameters())
-                for name, part in (
-                    ("unet", self.unet),
-                    ("vae", self.vae),
-                    ("text_encoder", self.pipe.text_encoder),
-                )
-            },
+            "parameters": self._counts,
             "native_side": self.sides[0],
             "largest_side": self.sides[1],
-            "prediction": self.pipe.scheduler.config.prediction_type,
+            "prediction": self.pipe.scheduler.config.get("prediction_type", "epsilon"),
             "scheduler": type(self.pipe.scheduler).__name__,
             "capabilities": sorted(self.capabilities),
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 
-    def parts(self) -> Iterable[torch.nn.Module]:
+    def parts(self) -> Sequence[torch.nn.Module]:
         """The modules whose state a pass must leave as it found it."""
         return [self.unet, self.vae, self.pipe.text_encoder]
 
@@ -101,17 +102,21 @@ class StableDiffusion:
         rows = [self.pipe.encode_prompt(text, self.device, 1, False)[0] for text in prompts]
         return Conditioning({"text": torch.cat(rows)})
 
+    @property
+    def _vae_dtype(self) -> torch.dtype:
+        return cast(torch.dtype, next(self.vae.parameters()).dtype)
+
     def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Encode ``(b, 3, h, w)`` in [0, 1]: the posterior's mean, or a sample with a generator."""
         posterior = self.vae.encode(
-            (2.0 * pixels - 1.0).to(self.device, self.vae.dtype)
+            (2.0 * pixels - 1.0).to(self.device, self._vae_dtype)
         ).latent_dist
         latents = posterior.mode() if generator is None else posterior.sample(generator)
         return cast(Tensor, self.vae.config.scaling_factor * latents)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents to ``(b, 3, h, w)`` in [0, 1], float32."""
-        scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        scaled = (latents / self.vae.config.scaling_factor).to(self._vae_dtype)
         pixels = self.vae.decode(scaled, return_dict=False)[0]
         return cast(Tensor, (pixels.float() / 2 + 0.5).clamp(0, 1))
 
@@ -154,7 +159,12 @@ class StableDiffusion:
                     f"{self.source} brings no control network of its own for {kind!r}: name one by"
                     " its folder or hub id (controlnet: model)"
                 )
-        net: Any = loading.pretrained(ControlNetModel, source, torch_dtype=self.dtype)
+        net: Any = loading.pretrained(ControlNetModel, source, dtype=self.dtype)
+        if net.config.conditioning_channels != 3:
+            said = net.config.conditioning_channels
+            raise ModelError(
+                f"{source}: this control network wants hints of {said} channels, not 3"
+            )
         for key in ("cross_attention_dim", "block_out_channels"):
             # A config from a file has lists where one from a constructor has tuples.
             mine, its = (json.dumps(part.config[key]) for part in (self.unet, net))

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field, model_validator
 
 from diffedit import (
+    Call,
     Contribution,
     Edit,
     ImageField,
     ModelInput,
     Preprocessor,
     Residuals,
+    RowMap,
     Run,
+    errors,
     hookimpl,
 )
 from diffedit_controlnet.preprocessors import PREPROCESSORS
@@ -82,6 +85,8 @@ class ControlNet(Edit):
     def contribute(self, run: Run) -> Contribution:
         """The residuals of the control network under the hint, made when first needed."""
         run.require("control", self.name)
+        if self.image is None and run.canvas.empty:
+            raise errors.InputError("controlnet: needs an image; this pass starts from nothing")
         preprocess = None if self.kind == "none" else run.preprocess(self.kind, self.weights)
         net = run.control_net(self.model, self.kind)
 
@@ -99,11 +104,15 @@ class ControlNet(Edit):
                 made.append(torch.from_numpy(preprocess(pixels)).permute(2, 0, 1).float() / 255)
             return torch.stack(made)
 
-        def residuals(x: ModelInput, step: int) -> Residuals:
+        @functools.cache
+        def per_row(rows: RowMap) -> Tensor:
             shown = hint()
             if len(shown) > 1:  # a picture per item: give each row its own
-                shown = shown[[key.item for key in x.rows.keys]]
-            return run.model.control(net, x, shown, self.weight)
+                shown = shown[[key.item for key in rows.keys]]
+            return shown.to(run.model.device)
+
+        def residuals(x: ModelInput, call: Call) -> Residuals:
+            return run.model.control(net, x, per_row(x.rows), self.weight)
 
         return Contribution(residuals=residuals, during=(self.start, self.end))
 

@@ -67,7 +67,7 @@ def _detector(name: str, weights: str | None) -> Callable[[Pixels8], Pixels8]:
 
     def detect(pixels: Pixels8) -> Pixels8:
         height, width = pixels.shape[:2]
-        side = min(height, width)
+        side = max(64, min(height, width))  # they round to multiples of 64
         found = np.asarray(
             detector(pixels, detect_resolution=side, image_resolution=side, output_type="np")
         )

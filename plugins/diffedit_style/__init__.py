@@ -97,13 +97,12 @@ def shared(qkv: QKV, site: Site, reference: str, strength: float) -> QKV:
             logarithm is added to the scores of the reference's keys, so that their weight in the
             softmax scales with it and 0 is no change.
     """
-    beside = site.rows.beside(reference)
+    beside = site.rows.index_beside(reference, qkv.q.device)
     tokens = qkv.q.shape[2]
     own = qkv.k[:, :, :tokens]  # an earlier term may have appended other references' keys
     k, v = own[beside], qkv.v[beside][:, :, :tokens]
     amount = min(strength, 1.0)
-    canvas = torch.zeros(len(site.rows), 1, 1, 1, dtype=torch.bool, device=k.device)
-    canvas[site.rows.canvas] = True
+    canvas = site.rows.is_canvas(k.device)[:, None, None, None]
     q = torch.where(canvas, torch.lerp(qkv.q, adain(qkv.q, qkv.q[beside]), amount), qkv.q)
     keys = torch.where(canvas, torch.lerp(own, adain(own, k), amount), own)
     keys = torch.cat([keys, qkv.k[:, :, tokens:]], dim=2)

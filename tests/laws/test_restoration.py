@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffedit import Editor, Guidance, Pass, Patch, Row, testing
+from diffedit import Call, Editor, Guidance, Pass, Patch, Row, testing
 from diffedit.attention import QKV
 from diffedit.errors import Busy, DiffeditError, PluginError
 from diffedit.models.protocol import Residuals
@@ -106,7 +106,7 @@ def failing(at: int) -> dict[str, Any]:
 
     def late(value: Callable[..., Any]) -> Callable[..., Any]:
         def function(*args: Any) -> Any:
-            return boom() if args[1] == at else value(*args)
+            return boom() if args[1].index == at else value(*args)
 
         return function
 
@@ -114,11 +114,11 @@ def failing(at: int) -> dict[str, Any]:
         calls["n"] += site.name == "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
         return boom() if calls["n"] > at else qkv
 
-    def keep(step: int) -> torch.Tensor:
-        return boom() if step == at else torch.zeros(1, 1, 8, 8)
+    def keep(step: Call) -> torch.Tensor:
+        return boom() if step.index == at else torch.zeros(1, 1, 8, 8)
 
-    def row(call: int) -> torch.Tensor:
-        return boom() if call == at else torch.zeros(1, 4, 8, 8)
+    def row(call: Call) -> torch.Tensor:
+        return boom() if call.index == at else torch.zeros(1, 4, 8, 8)
 
     def prepare(run: Any) -> Iterator[Any]:
         boom()
@@ -180,8 +180,8 @@ def test_after_an_error_of_the_one_who_looks_on(editor: Editor, expected: torch.
 
 
 def test_after_an_interrupt(editor: Editor, expected: torch.Tensor) -> None:
-    def refine(x0: torch.Tensor, step: int) -> torch.Tensor:
-        if step == 1:
+    def refine(x0: torch.Tensor, step: Call) -> torch.Tensor:
+        if step.index == 1:
             raise KeyboardInterrupt
         return x0
 
