@@ -101,6 +101,10 @@ class AutoencoderTask:
         pieces = zip(pixels.split(self.part), noise.split(self.part), strict=True)
         return [partial(self._loss, *piece) for piece in pieces]
 
+    def rate(self, step: int) -> float:
+        """One learning rate throughout."""
+        return 1.0
+
     def _loss(self, pixels: Tensor, noise: Tensor) -> Tensor:
         """A part's share of: squared and absolute error of a reconstruction, a whisper of KL."""
         pixels = pixels.to(self.device, memory_format=torch.channels_last)

@@ -67,9 +67,11 @@ AdamW for the rest; warm-up, plateau, straight line to zero; averaged weights (E
 
 - Autoencoder: 64-px crops, half scenes, half photographs and photograph-like noise;
   4·MSE + L1 + 1e-5·KL; the posterior's log-variance starts at -6.
-- Denoiser and text encoder together: v-prediction, min-SNR-5 weights with a floor of 0.2 (they
-  vanish at zero signal, where composition is decided), 10 % of the captions dropped; first simple
-  scenes, then 40 % of the batches with textures, styles, patterns, pairs and relations.
+- Denoiser and text encoder together: v-prediction, 10 % of the captions dropped, min-SNR-5 weights
+  with a floor (they vanish at zero signal, where composition is decided). First a mix of scenes;
+  when colours were learnt and shapes were not, mostly single flat objects at a lower rate, half of
+  the timesteps from the range in which words decide the outline, and less weight on cells away
+  from the object. The phases stand in `diffedit/training/embedded.py`.
 {training}
 ## Limits
 

@@ -23,6 +23,13 @@ from diffedit.training.text import HIDDEN, build_text_encoder, tokenise
 
 WIDTHS = (64, 128, 192)
 
+FOCUS = (550, 900)
+"""The timesteps at which the words decide the outline (signal-to-noise ratios 0.2 to 0.004).
+
+Measured half-way through the training: a wrong shape word raises the error there by 6 %, by less
+than 1 % below timestep 400.
+"""
+
 
 def build_unet(widths: tuple[int, ...] = WIDTHS, sample_size: int = 16) -> UNet2DConditionModel:
     """A ``UNet2DConditionModel`` of random weights with cross-attention at every level.
@@ -63,17 +70,26 @@ def build_scheduler() -> DDIMScheduler:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """From step ``start`` on, batches come from ``worlds`` with these shares (they sum to 1)."""
+    """From step ``start`` on, batches come from ``worlds`` with these shares (they sum to 1).
+
+    ``rate`` multiplies the learning rates; ``focus`` is the share of timesteps drawn from
+    :data:`FOCUS`, the rest comes from the whole range; ``floor`` is the least weight at its noisy
+    end; ``backdrop`` is the weight of the cells away from objects.
+    """
 
     start: int
     worlds: tuple[tuple[World, float], ...]
+    rate: float = 1.0
+    focus: float = 0.0
+    floor: float = 0.2
+    backdrop: float = 1.0
 
 
 class DenoiserTask:
     """v-prediction with min-SNR weights (Hang et al. 2023) and caption dropout.
 
     The min-SNR-5 weight of v-prediction, min(snr, 5) / (snr + 1), vanishes where the signal does;
-    there the picture's composition is decided, so the weight has a floor of ``floor``.
+    there the picture's composition is decided, so the weight has a floor at that end.
     """
 
     def __init__(
@@ -87,7 +103,6 @@ class DenoiserTask:
         batch: int = 32,
         widths: tuple[int, ...] = WIDTHS,
         dropout: float = 0.1,
-        floor: float = 0.2,
         growth: Growth | None = None,
         held_out: int = 96,
         device: str = "cpu",
@@ -103,7 +118,7 @@ class DenoiserTask:
             "text_encoder": self.text_encoder,
         }
         self.optimizers = optimizers(self.modules.values(), muon_lr=2e-3, adam_lr=5e-4)
-        self.phases, self.batch, self.dropout, self.floor = phases, batch, dropout, floor
+        self.phases, self.batch, self.dropout = phases, batch, dropout
         self.growth = growth or Growth()
         self.device = torch.device(device)
         self.signal = build_scheduler().alphas_cumprod
@@ -121,39 +136,76 @@ class DenoiserTask:
 
     def parts(self, step: int, generator: torch.Generator) -> list[Callable[[], Tensor]]:
         """Batch number ``step``, all of one world, with some captions dropped."""
-        phase = [phase for phase in self.phases if phase.start <= step][-1]
+        phase = self._phase(step)
         shares = torch.tensor([share for _, share in phase.worlds])
         world = phase.worlds[int(torch.multinomial(shares, 1, generator=generator))][0]
         begun = min(p.start for p in self.phases if any(w.name == world.name for w, _ in p.worlds))
         chunks = self.growth.chunks(step - begun)
         # A picture of twice the side costs four times as much: half as many of them.
         size = max(1, self.batch * 128 // max(world.side, 128))
-        latents, tokens = self.pools[world.name].batch(size, chunks, generator)
+        latents, tokens, objects = self.pools[world.name].batch(size, chunks, generator)
         dropped = torch.rand(size, 1, generator=generator) < self.dropout
         tokens = torch.where(dropped, self.empty, tokens)
-        # Stratified: the batch's timesteps cover the whole range, which steadies the gradient.
-        cells = (torch.arange(size) + torch.rand(size, generator=generator)) / size
-        timesteps = (cells * 1000).long().clamp_max(999)
+        focused = round(phase.focus * size)
+        timesteps = torch.cat(
+            [_spread(focused, FOCUS, generator), _spread(size - focused, (0, 1000), generator)]
+        )
         noise = torch.randn(latents.shape, generator=generator)
+        # Weights of cells leave the best prediction of each cell what it is, but less of the
+        # gradient is then noise from photographs, which no caption describes.
+        where = phase.backdrop + (1 - phase.backdrop) * objects
         # Dealt out like cards: each part sees the whole range of timesteps.
         count = 1 if self.device.type != "cpu" else min(2, size)
         deals = [slice(first, None, count) for first in range(count)]
         return [
-            partial(self._loss, latents[d], tokens[d], timesteps[d], noise[d], size) for d in deals
+            partial(
+                self._loss,
+                latents[d],
+                tokens[d],
+                timesteps[d],
+                noise[d],
+                where[d],
+                phase.floor,
+                size,
+            )
+            for d in deals
         ]
 
+    def rate(self, step: int) -> float:
+        """What the learning rates are multiplied with in the phase of ``step``."""
+        return self._phase(step).rate
+
+    def _phase(self, step: int) -> Phase:
+        return [phase for phase in self.phases if phase.start <= step][-1]
+
     def _loss(
-        self, latents: Tensor, tokens: Tensor, timesteps: Tensor, noise: Tensor, size: int
+        self,
+        latents: Tensor,
+        tokens: Tensor,
+        timesteps: Tensor,
+        noise: Tensor,
+        where: Tensor,
+        floor: float,
+        size: int,
     ) -> Tensor:
         """A part's share of the weighted v error of a batch of ``size``."""
-        error, snr = self.error(latents, tokens, timesteps, noise)
-        weight = (snr.clamp_max(5) / (snr + 1)).clamp_min(self.floor)
+        error, snr = self.error(latents, tokens, timesteps, noise, where)
+        weight = snr.clamp_max(5) / (snr + 1)
+        weight = torch.where(snr < 1, weight.clamp_min(floor), weight)
         return (weight * error).sum() / size
 
     def error(
-        self, latents: Tensor, tokens: Tensor, timesteps: Tensor, noise: Tensor
+        self,
+        latents: Tensor,
+        tokens: Tensor,
+        timesteps: Tensor,
+        noise: Tensor,
+        where: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The squared v error of each item and its signal-to-noise ratio, both (n,)."""
+        """The squared v error of each item and its signal-to-noise ratio, both (n,).
+
+        ``where`` weighs the cells, (n, h, w).
+        """
         alpha = self.signal[timesteps].view(-1, 1, 1, 1)
         noised = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
         target = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
@@ -166,6 +218,8 @@ class DenoiserTask:
             ).sample
         error = F.mse_loss(predicted.float(), target.to(self.device), reduction="none")
         snr = (alpha / (1 - alpha)).flatten().to(self.device)
+        if where is not None:
+            error = error * where.unsqueeze(1).to(self.device)
         return error.mean(dim=(1, 2, 3)), snr
 
     @torch.no_grad()
@@ -184,3 +238,13 @@ class DenoiserTask:
                 )
                 total += float((snr.clamp_max(5) / (snr + 1) * error).sum())
         return {"loss": round(total / count, 5)}
+
+
+def _spread(count: int, span: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """``count`` random timesteps in ``[low, high)``, one in each of as many equal cells.
+
+    Covering the range in every batch steadies the gradient.
+    """
+    low, high = span
+    cells = (torch.arange(count) + torch.rand(count, generator=generator)) / max(1, count)
+    return (low + cells * (high - low)).long().clamp_max(high - 1)

@@ -8,19 +8,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import CLIPTokenizer
 
 from diffedit.training.autoencoder import to_tensor
-from diffedit.training.scenes import Mix, draw_scene, render
+from diffedit.training.scenes import Drawing, Mix, draw_scene, render
 from diffedit.training.text import tokenise
 from diffedit.training.threads import in_parallel
 
 log = logging.getLogger(__name__)
+
+Chunk: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""Latents (n, 4, h, w), token ids (n, LENGTH), cells on or beside an object (n, h, w)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +68,21 @@ def encode(vae: AutoencoderKL, pixels: Tensor, batch: int = 32) -> Tensor:
     return torch.cat(in_parallel(encode_part, pixels.split(batch)))
 
 
+def object_cells(drawing: Drawing) -> NDArray[np.bool_]:
+    """The latent cells that an object touches, and their neighbours: (side/8, side/8) bool."""
+    side = len(drawing.image)
+    covered = np.zeros((side, side), np.float32)
+    for mask in drawing.masks:
+        covered = np.maximum(covered, mask)
+    cells = covered.reshape(side // 8, 8, side // 8, 8).max(axis=(1, 3)) > 0
+    grown = np.pad(cells, 1)
+    near = [np.roll(grown, (y, x), axis=(0, 1)) for y in (-1, 0, 1) for x in (-1, 0, 1)]
+    either: NDArray[np.bool_] = np.logical_or.reduce(near)
+    return either[1:-1, 1:-1]
+
+
 class LatentPool:
-    """Chunks of (latents, token ids) of a world, kept on disk so that a resumed run finds them.
+    """Chunks of a world's latents, token ids and object cells, kept on disk for a resumed run.
 
     Chunk ``c`` holds the scenes ``c·size … (c+1)·size - 1`` of the world's seed: what it contains
     does not depend on when it is drawn.
@@ -81,16 +99,18 @@ class LatentPool:
     ) -> None:
         self.folder, self.vae, self.tokenizer = folder / world.name, vae, tokenizer
         self.world, self.seed, self.size = world, seed, size
-        self.chunk: Callable[[int], tuple[Tensor, Tensor]] = lru_cache(None)(self._chunk)
+        self.chunk: Callable[[int], Chunk] = lru_cache(None)(self._chunk)
 
-    def batch(self, size: int, chunks: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A random batch of the first ``chunks`` chunks: latents (n, 4, h, w), ids (n, LENGTH)."""
+    def batch(self, size: int, chunks: int, generator: torch.Generator) -> Chunk:
+        """A random batch of the first ``chunks`` chunks, in float32 and int64."""
         places = torch.randint(chunks * self.size, (size,), generator=generator).tolist()
         found = [(self.chunk(place // self.size), place % self.size) for place in places]
         latents = torch.stack([chunk[0][row] for chunk, row in found]).float()
-        return latents, torch.stack([chunk[1][row] for chunk, row in found]).long()
+        tokens = torch.stack([chunk[1][row] for chunk, row in found]).long()
+        objects = torch.stack([chunk[2][row] for chunk, row in found]).float()
+        return latents, tokens, objects
 
-    def _chunk(self, number: int) -> tuple[Tensor, Tensor]:
+    def _chunk(self, number: int) -> Chunk:
         path = self.folder / f"{number:04d}.npz"
         if not path.exists():
             scenes = [
@@ -98,19 +118,25 @@ class LatentPool:
                 for i in range(self.size)
             ]
             log.info("drawing and encoding chunk %d of %s", number, self.world.name)
-            parts = []
+            parts, objects = [], []
             for start in range(0, self.size, 512):
-                images = [render(s, self.world.side).image for s in scenes[start : start + 512]]
-                parts.append(encode(self.vae, to_tensor(np.stack(images))))
+                drawings = [render(scene, self.world.side) for scene in scenes[start : start + 512]]
+                parts.append(encode(self.vae, to_tensor(np.stack([d.image for d in drawings]))))
+                objects += [object_cells(drawing) for drawing in drawings]
             self.folder.mkdir(parents=True, exist_ok=True)
             unfinished = path.with_suffix(".part.npz")
             np.savez(
                 unfinished,
                 latents=torch.cat(parts).half().numpy(),
+                objects=np.stack(objects),
                 tokens=tokenise(self.tokenizer, [s.caption for s in scenes])
                 .to(torch.int16)
                 .numpy(),
             )
             os.replace(unfinished, path)
         stored = np.load(path)
-        return torch.from_numpy(stored["latents"]), torch.from_numpy(stored["tokens"])
+        return (
+            torch.from_numpy(stored["latents"]),
+            torch.from_numpy(stored["tokens"]),
+            torch.from_numpy(stored["objects"]),
+        )

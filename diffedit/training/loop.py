@@ -44,6 +44,10 @@ class Task(Protocol):
         """
         ...
 
+    def rate(self, step: int) -> float:
+        """What the learning rates of ``step`` are multiplied with, besides the run's own shape."""
+        ...
+
     def validate(self, ema: Ema) -> dict[str, float]:
         """Figures on held-out data, made with the averaged weights."""
         ...
@@ -94,6 +98,7 @@ class Settings:
     steps: int
     seed: int = 0
     minutes: float | None = None
+    decay: float = 0.25
     ema_decay: float = 0.999
     clip: float = 1.0
     log_every: int = 25
@@ -133,7 +138,7 @@ def train(task: Task, settings: Settings, checkpoint: Path, *, resume: bool) -> 
     with _stop_on_sigterm() as stop, one_core():
         while report.step < settings.steps:
             step = report.step
-            factor = lr_factor(step, settings.steps)
+            factor = task.rate(step) * lr_factor(step, settings.steps, decay=settings.decay)
             for opt, rates in zip(task.optimizers, base, strict=True):
                 for group, rate in zip(opt.param_groups, rates, strict=True):
                     group["lr"] = rate * factor

@@ -6,7 +6,8 @@ import skimage.data
 
 from diffedit.training import backdrops
 from diffedit.training.cases import inpaintings, single_objects
-from diffedit.training.scenes import COLOURS, RICH, SIMPLE, Mix, draw_scene, render
+from diffedit.training.latents import object_cells
+from diffedit.training.scenes import COLOURS, PLAIN, RICH, SIMPLE, Mix, draw_scene, render
 from diffedit.training.shapes import SHAPES
 
 
@@ -39,6 +40,15 @@ def test_one_scene_at_two_sizes_is_one_picture() -> None:
     small, large = render(scene, 64), render(scene, 128)
     halved = large.image.reshape(64, 2, 64, 2, 3).mean(axis=(1, 3))
     assert np.abs(halved - small.image).mean() < 3
+
+
+def test_object_cells_cover_the_objects() -> None:
+    drawing = render(draw_scene(8, 0, PLAIN), 64)
+    cells = object_cells(drawing)
+    assert cells.shape == (8, 8)
+    pixels = np.kron(cells, np.ones((8, 8)))
+    assert (pixels[drawing.masks[0] > 0] == 1).all()
+    assert 0 < cells.mean() < 1
 
 
 def test_relations_hold() -> None:

@@ -25,7 +25,14 @@ from diffedit.training.text import build_tokenizer
 WIDTHS = (8, 8, 8, 8)
 PHASES = (
     Phase(0, ((World("simple", SIMPLE, 32), 1.0),)),
-    Phase(3, ((World("simple", SIMPLE, 32), 0.5), (World("rich", RICH, 32), 0.5))),
+    Phase(
+        3,
+        ((World("simple", SIMPLE, 32), 0.5), (World("rich", RICH, 32), 0.5)),
+        rate=0.5,
+        focus=0.5,
+        floor=0.7,
+        backdrop=0.2,
+    ),
 )
 
 
