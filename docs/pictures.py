@@ -1,0 +1,45 @@
+"""Makes the README's picture with the embedded model: ``python docs/pictures.py``.
+
+Left the photograph with the mask outlined, then the same prompt template with other words. The
+seeds are fixed, so a machine of the same kind makes the same picture again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from diffedit import Editor, Pass
+from diffedit_inpaint import Inpaint
+
+ROOT = Path(__file__).resolve().parent.parent
+PHOTO = ROOT / "examples" / "coffee.png"
+MASK = ROOT / "examples" / "coffee-mask.png"
+PROMPTS = (("a blue circle", 7), ("a green heart", 7), ("a yellow star", 7))
+
+
+def main() -> None:
+    """Write docs/before-after.png."""
+    editor = Editor.load()
+    before = np.asarray(Image.open(PHOTO)).copy()
+    outline, _ = cv2.findContours(
+        np.asarray(Image.open(MASK).convert("L")), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE
+    )
+    cv2.drawContours(before, outline, -1, (255, 255, 255), 2)
+    pictures = [before]
+    for prompt, seed in PROMPTS:
+        pass_ = Pass(prompt=prompt, edits=(Inpaint(mask=MASK, feather=6),))
+        pictures.append(editor.run(PHOTO, pass_, seed=seed).pixels)
+    gap = np.full((before.shape[0], 8, 3), 255, np.uint8)
+    row = np.concatenate([part for one in pictures for part in (one, gap)][:-1], axis=1)
+    wide = Image.fromarray(row)
+    wide.resize((1200, round(1200 * wide.height / wide.width)), Image.Resampling.LANCZOS).save(
+        ROOT / "docs" / "before-after.png"
+    )
+
+
+if __name__ == "__main__":
+    main()
