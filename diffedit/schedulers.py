@@ -314,7 +314,7 @@ class Schedule:
             raise SchedulerError(f"{self._name} has no eta; only DDIM has")
         self._step_options = {"eta": eta} if "eta" in accepted else {}
         self._done = 0
-        self._levels, self._inner = self._rehearse() if self._noise_fn else ([], frozenset())
+        self._levels = self._rehearse() if self._noise_fn else []
 
     def __len__(self) -> int:
         """The number of model calls, which is not always the number of steps."""
@@ -346,8 +346,8 @@ class Schedule:
     def add_noise(self, x0: Tensor, noise: Tensor, i: int) -> Tensor:
         """``x0`` with the noise level that the latents have before call ``i``.
 
-        After the last call (``i == len(self)``) that is ``x0`` itself. For the next call to be made
-        the result has the bits of diffusers' pipelines; any other level is computed.
+        After the last call (``i == len(self)``) that is ``x0`` itself. With ``compat`` the result
+        for the next call to be made has the bits of diffusers' pipelines.
 
         diffusers is wrong at the second call of DPM2 and DPM++ SDE: the latents are at a midpoint
         between two noise levels, but get a source with the lower one. Only ``compat`` follows it.
@@ -459,17 +459,16 @@ class Schedule:
         if i != self._done:
             raise DiffeditError(f"call {i} out of order: {self._done} is the next of {len(self)}")
 
-    def _rehearse(self) -> tuple[list[tuple[float, float]], frozenset[int]]:
+    def _rehearse(self) -> list[tuple[float, float]]:
         """Run the trip on a double-precision copy and read the noise level of every call.
 
         The scheduler's own ``add_noise`` tells it, except inside a step of a two-call solver, where
         it may name the level that the step leads to; there the input scaling tells it.
 
         Returns:
-            The levels ``(a, s)``, and the calls where ``add_noise`` is wrong.
+            ``(a, s)`` of every call.
         """
         levels: list[tuple[float, float]] = []
-        wrong: set[int] = set()
         dry = copy.deepcopy(self.scheduler)
         for key, value in vars(dry).items():
             if isinstance(value, Tensor) and value.is_floating_point() and key != "timesteps":
@@ -484,9 +483,7 @@ class Schedule:
                 scaled = dry.scale_model_input(one, t) if hasattr(dry, "scale_model_input") else one
                 a, s = noise_fn(one, zero, t[None]).item(), noise_fn(zero, one, t[None]).item()
                 if not getattr(dry, "state_in_first_order", True):  # scaled = 1 / sqrt(1 + s²)
-                    s, told = math.sqrt(1 / scaled.item() ** 2 - 1), s
-                    if not math.isclose(s, told, rel_tol=1e-3):
-                        wrong.add(i)
+                    s = math.sqrt(1 / scaled.item() ** 2 - 1)
                 levels.append((a, s))
                 try:
                     dry.step(zero, t, zero)
@@ -494,7 +491,7 @@ class Schedule:
                     raise SchedulerError(
                         f"{self._name} cannot run a model that predicts {self.prediction_type!r}"
                     ) from error
-        return levels, frozenset(wrong)
+        return levels
 
 
 def _noise_function(scheduler: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
