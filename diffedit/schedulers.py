@@ -479,7 +479,7 @@ class Schedule:
         assert noise_fn is not None  # the caller checked
         zero, one = torch.zeros(1, 1, 1, 1, dtype=torch.float64), torch.ones(1, 1, 1, 1).double()
         with torch.random.fork_rng(devices=[]):  # some samplers draw from the global generator
-            for i, t in enumerate(self._calls):
+            for t in self._calls:
                 scaled = dry.scale_model_input(one, t) if hasattr(dry, "scale_model_input") else one
                 a, s = noise_fn(one, zero, t[None]).item(), noise_fn(zero, one, t[None]).item()
                 if not getattr(dry, "state_in_first_order", True):  # scaled = 1 / sqrt(1 + s²)

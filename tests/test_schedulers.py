@@ -300,8 +300,8 @@ def test_compat_differs_only_at_the_midpoints() -> None:
         for schedule in (exact, compat):
             schedule.seed([1], x0)
         for i in range(len(exact)):
-            levels = [s.add_noise(x0, noise, i) for s in (exact, compat)]
-            differs.append(not torch.allclose(*levels, rtol=1e-5, atol=1e-4))
+            mine, theirs = (s.add_noise(x0, noise, i) for s in (exact, compat))
+            differs.append(not torch.allclose(mine, theirs, rtol=1e-5, atol=1e-4))
             for schedule in (exact, compat):
                 schedule.step(noise, i, x0, [torch.Generator()])
         assert differs == [wrong and i % 2 == 1 for i in range(len(exact))], name
