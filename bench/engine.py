@@ -32,6 +32,7 @@ class Nothing:
     capabilities: frozenset[str] = frozenset()
     grid = 8
     sides = (SIDE, SIDE)
+    whole = SIDE
     channels = 4
     roles: Mapping[str, int] = {}
     device = torch.device("cpu")

@@ -158,7 +158,7 @@ def img2img(model: str, settings: Settings) -> Report:
     """The whole picture, at a size that the model takes without scaling; and diffusers twice."""
     made = models.editor(model)
     pipe = models.peer(StableDiffusionImg2ImgPipeline, made)
-    side = min(settings.side, made.model.sides[1])
+    side = min(settings.side, made.model.whole)
     image = photograph(side)
     pass_ = _pass(settings, Img2Img(strength=STRENGTH))
 
@@ -236,8 +236,8 @@ def help_(settings: Settings) -> Report:
 def bf16(model: str, settings: Settings) -> Report:
     """bfloat16 beside float32: how much faster, and how different the pictures are."""
     kinds = {kind: models.editor(model, kind) for kind in ("float32", "bfloat16")}
-    sides = kinds["float32"].model.sides
-    whole, photo = photograph(min(settings.side, sides[1])), photograph(settings.side)
+    largest = kinds["float32"].model.whole
+    whole, photo = photograph(min(settings.side, largest)), photograph(settings.side)
     jobs = {
         "inpaint": (photo, _pass(settings, Inpaint(mask=square_mask(settings.side)))),
         "img2img": (whole, _pass(settings, Img2Img(strength=STRENGTH))),

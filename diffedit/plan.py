@@ -134,7 +134,10 @@ class Plan:
         if self.setting.compat:
             where = exact_frame(given.image_size, model.grid)
         else:
-            where = frame(given.image_size, list(boxes.values()), model.sides, model.grid)
+            # A whole picture that is there already has its composition; a larger size than the
+            # model draws at keeps its detail.
+            sides = model.sides if boxes or given.empty else (model.sides[0], model.whole)
+            where = frame(given.image_size, list(boxes.values()), sides, model.grid)
         self.canvas = given.focused(where)
         self.run = Run(
             canvas=self.canvas,

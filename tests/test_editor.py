@@ -355,3 +355,27 @@ def test_resources_are_loaded_once_and_named(editor: Editor, tmp_path: Path) -> 
     editor.forget()
     with pytest.raises(errors.ModelError):
         editor.run(PHOTO, pass_)
+
+
+def test_a_folder_may_say_at_which_sizes_its_model_draws(folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    place = tmp_path / "model"
+    shutil.copytree(folder, place)
+    (place / "diffedit.json").write_text('{"sides": [64, 64], "whole": 96}')
+    editor = Editor.load(place)
+    large = data.astronaut()
+    mask = np.zeros((512, 512), np.uint8)
+    mask[100:200, 100:200] = 255
+
+    def size(*edits: Edit, image: Any = large) -> list[int]:
+        result = editor.run(image, Pass(prompt="x", steps=2, edits=edits), size=None)
+        return list(result.passes[0]["working_size"])
+
+    assert size(Inpaint(mask=mask)) == [64, 64]
+    assert size(Img2Img()) == [96, 96]
+    assert size(image=None) == [64, 64]
+    for wrong in ('{"sides": [64]}', '{"sides": [128, 64], "whole": 96}', "[]", "{"):
+        (place / "diffedit.json").write_text(wrong)
+        with pytest.raises(errors.ModelError, match=r"diffedit\.json"):
+            Editor.load(place)

@@ -164,6 +164,29 @@ def pretrained(cls: Any, source: str, **options: Any) -> Any:
         raise ModelError(f"{source}: cannot be loaded ({_first_line(error)})") from error
 
 
+def sizes(source: str) -> tuple[int, int, int] | None:
+    """The sizes that a model's folder asks for in ``diffedit.json``, if it has one.
+
+    ``{"sides": [128, 128], "whole": 512}``: the smallest and the largest side of a working region,
+    and the largest of a whole picture, in pixels. A model trained at one size draws best at it.
+
+    Raises:
+        ModelError: the file says something else.
+    """
+    path = Path(source) / "diffedit.json"
+    if not path.is_file():
+        return None
+    said = _json(path)
+    try:
+        (smallest, largest), whole = said["sides"], said["whole"]
+        found = int(smallest), int(largest), int(whole)
+    except (KeyError, TypeError, ValueError):
+        found = (0, 0, 0)
+    if not 8 <= found[0] <= found[1] <= found[2]:
+        raise ModelError(f'{path}: should be like {{"sides": [512, 768], "whole": 1024}}')
+    return found
+
+
 def inspect(source: str | os.PathLike[str]) -> dict[str, Any]:
     """What a model says of itself, from its configuration files alone."""
     where = Path(_resolved(source))

@@ -122,7 +122,9 @@ class LatentModel(Protocol):
             denoiser itself takes the mask and the masked picture), ``embedded_guidance`` (the
             guidance scale is an input of the denoiser).
         grid: pixels per latent cell along one side; working sizes are multiples of it.
-        sides: the smallest and the largest side, in pixels, of a working region.
+        sides: the smallest and the largest side, in pixels, at which the model draws: of a working
+            region, and of a picture from nothing.
+        whole: the largest side at which it works on a whole picture that is there already.
         channels: channels of a latent.
         roles: further inputs of the denoiser by role, and how many channels each has: ``mask`` and
             ``masked`` of an inpainting model.
@@ -131,6 +133,7 @@ class LatentModel(Protocol):
     capabilities: frozenset[str]
     grid: int
     sides: tuple[int, int]
+    whole: int
     channels: int
     roles: Mapping[str, int]
 

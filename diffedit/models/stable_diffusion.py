@@ -33,9 +33,16 @@ class StableDiffusion:
     Args:
         pipe: the components.
         source: where they came from, for messages and provenance.
+        sizes: the smallest and largest side of a region and the largest of a whole picture, in
+            pixels; None: once and twice the size that the UNet's configuration names, and twice.
     """
 
-    def __init__(self, pipe: StableDiffusionPipeline, source: str = "in memory") -> None:
+    def __init__(
+        self,
+        pipe: StableDiffusionPipeline,
+        source: str = "in memory",
+        sizes: tuple[int, int, int] | None = None,
+    ) -> None:
         self.pipe: Any = pipe
         self.source = source
         self.unet: Any = pipe.unet
@@ -44,7 +51,8 @@ class StableDiffusion:
         self.channels: int = self.vae.config.latent_channels
         cells = self.unet.config.sample_size
         native = (min(cells) if isinstance(cells, list | tuple) else int(cells or 64)) * self.grid
-        self.sides = (native, LARGEST * native)
+        smallest, largest, whole = sizes or (native, LARGEST * native, LARGEST * native)
+        self.sides, self.whole = (smallest, largest), whole
         inputs = self.unet.config.in_channels
         if inputs not in (self.channels, 2 * self.channels + 1):
             raise ModelError(
@@ -86,6 +94,7 @@ class StableDiffusion:
             "parameters": self._counts,
             "native_side": self.sides[0],
             "largest_side": self.sides[1],
+            "largest_whole_picture": self.whole,
             "prediction": self.pipe.scheduler.config.get("prediction_type", "epsilon"),
             "scheduler": type(self.pipe.scheduler).__name__,
             "capabilities": sorted(self.capabilities),
@@ -238,4 +247,4 @@ class Family:
         pipe = loading.components(StableDiffusionPipeline, source, **options)
         for part in (pipe.unet, pipe.vae, pipe.text_encoder):
             part.eval().requires_grad_(False)
-        return StableDiffusion(pipe, source)
+        return StableDiffusion(pipe, source, loading.sizes(source))

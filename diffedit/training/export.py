@@ -69,6 +69,10 @@ def export(
         made = Path(scratch) / "made"
         pipeline.save_pretrained(made, safe_serialization=True, max_shard_size=SHARD)
         save_tokenizer(tokenizer, made / "tokenizer")
+        # Objects come out whole at the size of the training only; a picture that is there already
+        # may be worked on at more, and keeps more detail then.
+        sizes = {"sides": [side, side], "whole": 4 * side}
+        (made / "diffedit.json").write_text(json.dumps(sizes) + "\n", "utf-8")
         _say_float32(made / "text_encoder" / "config.json")
         for file in made.rglob("*.safetensors"):
             file.chmod(0o644)
