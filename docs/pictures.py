@@ -1,6 +1,6 @@
 """Makes the README's picture with the embedded model: ``python docs/pictures.py``.
 
-Left the photograph with the mask outlined, then the same prompt template with other words. The
+Left the photograph with the mask outlined, then what three prompts put there. The
 seeds are fixed, so a machine of the same kind makes the same picture again.
 """
 
@@ -18,7 +18,7 @@ from diffedit_inpaint import Inpaint
 ROOT = Path(__file__).resolve().parent.parent
 PHOTO = ROOT / "examples" / "coffee.png"
 MASK = ROOT / "examples" / "coffee-mask.png"
-PROMPTS = (("a blue circle", 7), ("a green heart", 7), ("a yellow star", 7))
+PROMPTS = (("a yellow star", 4), ("a white ring", 3), ("a cyan triangle", 4))
 
 
 def main() -> None:

@@ -51,7 +51,7 @@ def test_script(place: Path) -> None:
     said = run(place, "-c", block("script")).stdout
     assert said.splitlines()[-1].startswith("20 of 20")
     source = np.asarray(Image.open(place / "examples/coffee.png"))
-    for name in ("circle.png", "star-1.png", "star-2.png"):
+    for name in ("star.png", "ring-1.png", "ring-2.png"):
         made = np.asarray(Image.open(place / name))
         assert made.shape == source.shape
         assert 0 < (made != source).any(-1).mean() < 0.5
@@ -61,7 +61,7 @@ def test_script(place: Path) -> None:
 def test_workflow_with_the_plugin(place: Path) -> None:
     (place / "workflow.yaml").write_text(block("workflow"), "utf-8")
     arguments = ["run", "workflow.yaml", "examples/coffee.png", "-o", "out.png"]
-    run(place, "-m", "diffedit", *arguments, "--set", "passes.0.prompt=a red star")
+    run(place, "-m", "diffedit", *arguments, "--set", "passes.0.prompt=a cyan triangle")
     source = np.asarray(Image.open(place / "examples/coffee.png")).astype(int)
     made = np.asarray(Image.open(place / "out.png")).astype(int)
     assert made[0, 0].sum() < source[0, 0].sum()  # the vignette's corner
