@@ -51,7 +51,7 @@ class Recipe:
 
     seed: int = 0
     vae_steps: int = 920
-    steps: int = 4000
+    steps: int = 4300
     side: int = 128
     phases: tuple[Phase, ...] = PHASES
 
