@@ -73,7 +73,12 @@ def export(
         # may be worked on at more, and keeps more detail then.
         sizes = {"sides": [side, side], "whole": 4 * side}
         (made / "diffedit.json").write_text(json.dumps(sizes) + "\n", "utf-8")
-        _say_float32(made / "text_encoder" / "config.json")
+        for config in made.rglob("config.json"):
+            # Where the weights came from is a folder of the machine that made them.
+            _edit(config, _name_or_path=None)
+        # transformers takes the dtype of the file unless the configuration names one; a pipeline
+        # loaded without ``torch_dtype`` would then be half fp16 and half fp32, and fail.
+        _edit(made / "text_encoder" / "config.json", dtype="float32", torch_dtype=None)
         for file in made.rglob("*.safetensors"):
             file.chmod(0o644)
         card = folder / "README.md"
@@ -84,13 +89,8 @@ def export(
         os.replace(made, folder)
 
 
-def _say_float32(config: Path) -> None:
-    """Have transformers load these fp16 weights in fp32, as diffusers does with the others.
-
-    transformers takes the dtype of the file unless the configuration names one; a pipeline loaded
-    without ``torch_dtype`` would then be half fp16 and half fp32, and fail.
-    """
-    values = json.loads(config.read_text("utf-8"))
-    values.pop("torch_dtype", None)
-    values["dtype"] = "float32"
-    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", "utf-8")
+def _edit(config: Path, **changes: str | None) -> None:
+    """Set entries of a JSON file; ``None`` removes one."""
+    values = json.loads(config.read_text("utf-8")) | changes
+    kept = {key: value for key, value in values.items() if key not in changes or value is not None}
+    config.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", "utf-8")

@@ -135,6 +135,7 @@ def test_the_exported_folder_loads_in_a_plain_pipeline(tmp_path: Path) -> None:
     weights = list(folder.rglob("*.safetensors"))
     assert weights
     assert all(file.stat().st_size <= 16e6 for file in weights)
+    assert not any("_name_or_path" in f.read_text("utf-8") for f in folder.rglob("config.json"))
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     assert {pipeline.unet.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {torch.float32}
