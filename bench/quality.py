@@ -23,9 +23,11 @@ from PIL import Image
 from skimage.color import rgb2lab
 
 from diffedit import Editor, Pass
+from diffedit.models.loading import EMBEDDED
 from diffedit.training.cases import inpaintings, single_objects
 from diffedit.training.evaluate import Figures, Painter, generation, inpainting, share
 from diffedit.training.judges import judge_shape, segment
+from diffedit.training.report import write
 from diffedit.training.scenes import COLOURS, Background, Scene, render
 from diffedit_img2img import Img2Img
 from diffedit_inpaint import Inpaint
@@ -202,11 +204,25 @@ def main() -> None:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--card", action="store_true", help="put the figures into the embedded model's card"
+    )
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     figures = measure(Editor.load(options.model), options.scale)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
+    if options.card:
+        put_into_card(figures)
+
+
+def put_into_card(figures: dict[str, Figures]) -> None:
+    """Write the model card anew, with these figures beside diffusers' own."""
+    path = EMBEDDED / "figures.json"
+    told = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    gates = ("generation", "inpainting_drawn", "inpainting_photos")
+    told.setdefault("engines", {})["diffedit"] = {name: figures[name] for name in gates}
+    write(EMBEDDED, told | {name: figures[name] for name in ("img2img", "style")})
 
 
 if __name__ == "__main__":

@@ -130,6 +130,31 @@ def _quality(figures: Mapping[str, Any]) -> list[str]:
                 )
                 unasked = f"{chance}, source picture {made['shape_before']:.2f}"
                 lines.append(_row(f"{engine}: inpainting {name}, shape", n, made["shape"], unasked))
+    lines += _edits(figures)
+    return lines
+
+
+def _edits(figures: Mapping[str, Any]) -> list[str]:
+    """Rows for edits that only diffedit makes, measured by ``bench/quality.py``."""
+    lines: list[str] = []
+    if (made := figures.get("img2img")) is not None:
+        far = ", ".join(f"{v:.0f}" for k, v in made.items() if k.startswith("distance"))
+        rising = f"rises at every step in {made['rising_in_every_step']:.2f} of the cases"
+        name = "img2img: distance to the source (Lab) at strength 0.25, 0.5, 0.75, 1"
+        lines.append(_row(name, made["n"], far, rising))
+    if (made := figures.get("style")) is not None:
+        n = made["n"]
+        for key, name, other in (
+            ("colour", "style: distance to the reference's colours (Lab)", "plain"),
+            ("gram", "style: distance to its texture (Gram), colours made equal", "adain"),
+            ("object", "style: the asked shape is there", "plain"),
+        ):
+            control = f"{'pixel AdaIN' if other == 'adain' else 'without the edit'}"
+            lines.append(
+                _row(
+                    name, n, float(made[f"{key}_styled"]), f"{control} {made[f'{key}_{other}']:.2f}"
+                )
+            )
     return lines
 
 
