@@ -48,7 +48,8 @@ names a background too. All is seeded. {sampling} A colour counts as there from 
 (from nothing) or 10 % of the mask on. The shape is judged on the largest piece of the asked colour,
 by overlap with templates; the judge's own accuracy, in the table, is a ceiling. Masks are squares
 and discs of 45-75 % of the side, anywhere in the frame. "Source picture" asks the same of the
-untouched picture, "unasked colour" asks the result for a colour that nobody named.
+untouched picture (photographs hold brown, gray, black and white already), "unasked colour" asks the
+result for a colour that nobody named (a background may have it).{by_shape}
 
 ## Data
 
@@ -75,7 +76,8 @@ AdamW for the rest; warm-up, plateau, straight line to zero; averaged weights (E
 {training}
 ## Limits
 
-- It draws coloured shapes. It is no model of photographs: asked for a cat, it paints none.
+- It draws coloured shapes with slightly uneven outlines; what a word does worst stands above. It
+  is no model of photographs: asked for a cat, it paints none.
 - Fine detail is lost in the autoencoder (8 × 8 pixels become 4 numbers): faces and print blur
   wherever a photograph is repainted. diffedit pastes back only what the mask asks for.
 - Two objects and their relations, textures ("striped", "dotted") and styles ("outlined", "shaded",
@@ -96,6 +98,7 @@ def card(figures: Mapping[str, Any]) -> str:
         sampling=f"{sampling['steps']} steps, guidance {sampling['guidance']:g}."
         if sampling
         else "",
+        by_shape=_by_shape(figures.get("generation")),
         training=_training(figures.get("training")),
     )
 
@@ -156,6 +159,13 @@ def _edits(figures: Mapping[str, Any]) -> list[str]:
                 )
             )
     return lines
+
+
+def _by_shape(made: Mapping[str, float] | None) -> str:
+    if made is None or f"shape_{SHAPES[0]}" not in made:
+        return ""
+    shown = ", ".join(f"{name} {made[f'shape_{name}']:.2f}" for name in SHAPES)
+    return f"\n\nShape from nothing, by the asked word: {shown}."
 
 
 def _row(test: str, count: int | str, result: float | str, control: str) -> str:
