@@ -76,17 +76,23 @@ def feathered(mask: npt.NDArray[np.float32], feather: int) -> npt.NDArray[np.flo
     """
     if feather == 0:
         return mask
-    outside = (mask == 0).astype(np.uint8)
+    # Only what the ramp can reach: on a large photograph the rest costs more than the edit.
+    ys, xs = np.nonzero(mask)
+    top, left = max(0, ys.min() - feather), max(0, xs.min() - feather)
+    window = np.s_[top : ys.max() + feather + 1, left : xs.max() + feather + 1]
+    part = mask[window]
+    outside = (part == 0).astype(np.uint8)
     # The labelled transform knows no exact distances, so those come from a second one.
     distance = cv2.distanceTransform(outside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     _, label = cv2.distanceTransformWithLabels(
         outside, cv2.DIST_L2, cv2.DIST_MASK_5, labelType=cv2.DIST_LABEL_PIXEL
     )
     values = np.zeros(int(label.max()) + 1, np.float32)
-    values[label[outside == 0]] = mask[outside == 0]
+    values[label[outside == 0]] = part[outside == 0]
     ramp = np.where(distance <= feather, 1 - distance / (feather + 1), 0).astype(np.float32)
-    faded: npt.NDArray[np.float32] = np.where(outside == 0, mask, ramp * values[label])
-    return faded.astype(np.float32)
+    faded = np.zeros_like(mask)
+    faded[window] = np.where(outside == 0, part, ramp * values[label])
+    return faded
 
 
 @hookimpl
