@@ -118,7 +118,9 @@ def test_figures_and_samples_beyond_the_resumed_step_are_dropped_too(tmp_path: P
 
 
 def test_starting_anew_keeps_the_old_log_aside(tmp_path: Path) -> None:
-    _run(tmp_path, 1, 3)
+    with Logbook(tmp_path) as log:
+        log.figures(0, {"psnr": 8.0})  # before the first step
+        log.step(1, 0.5, 1e-3, 1)
     old = (tmp_path / "log.jsonl").read_bytes()
     _run(tmp_path, 1, 1)
     assert [line["step"] for line in _lines(tmp_path)] == [1]
