@@ -28,7 +28,9 @@ from diffedit.training.cases import inpaintings, single_objects
 from diffedit.training.evaluate import Figures, Painter, generation, inpainting, share
 from diffedit.training.judges import judge_shape, segment
 from diffedit.training.report import write
-from diffedit.training.scenes import COLOURS, Background, Scene, render
+from diffedit.training.world.paint import render
+from diffedit.training.world.scenes import Background, Scene
+from diffedit.training.world.things import COLOURS
 from diffedit_img2img import Img2Img
 from diffedit_inpaint import Inpaint
 from diffedit_style import Style

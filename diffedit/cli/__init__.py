@@ -1,6 +1,7 @@
 """The command line. Commands import what they need when they run, so that help comes at once.
 
-Exit codes: 0 done; 2 the user's input is wrong (one line on stderr); 130 cancelled; 1 all else.
+Exit codes: 0 done; 2 the user's input is wrong (one line on stderr); 3 stopped on request, to be
+resumed; 130 cancelled; 1 all else.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _COMMANDS = {
     "models": "diffedit.cli.models:models",
     "plugins": "diffedit.cli.plugins:plugins",
     "run": "diffedit.cli.edit:run",
+    "train": "diffedit.cli.train:train",
 }
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffedit.training.scenes import COLOURS
-from diffedit.training.shapes import SHAPES
+from diffedit.training.world.forms import SHAPES
+from diffedit.training.world.things import COLOURS
 
 _TEMPLATE = """\
 ---

@@ -15,11 +15,13 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from diffedit.training.autoencoder import HELD_OUT, psnr, to_tensor
-from diffedit.training.backdrops import Pixels
 from diffedit.training.cases import Case, InpaintCase
 from diffedit.training.judges import Mask, colour_map, colour_share, judge_shape, segment
-from diffedit.training.scenes import COLOURS, Mix, draw_scene, render
-from diffedit.training.shapes import SHAPES
+from diffedit.training.world.backdrops import Pixels
+from diffedit.training.world.forms import SHAPES
+from diffedit.training.world.paint import render
+from diffedit.training.world.scenes import Mix, draw_scene
+from diffedit.training.world.things import COLOURS
 
 Figures = dict[str, float]
 
@@ -149,7 +151,7 @@ def judge_accuracy(vae: AutoencoderKL, mix: Mix, count: int = 200, side: int = 1
         absent = [c for c in COLOURS if c not in there]
         colour.append(colour_share(image, thing.colour) >= FRAME_SHARE)
         false.append(colour_share(image, absent[len(colour) % len(absent)]) >= FRAME_SHARE)
-        shape.append(is_shape(segment(image, thing.colour), thing.shape))
+        shape.append(is_shape(segment(image, thing.colour), thing.noun))
     return {
         "n": len(scenes),
         "colour": share(colour),

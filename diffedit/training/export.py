@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -9,11 +10,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
 
-from diffedit.training.denoiser import build_scheduler
+from diffedit.training.parts import Parts
 from diffedit.training.text import save_tokenizer
 
 SHARD = "15MB"
@@ -40,26 +40,27 @@ def fold_statistics(vae: AutoencoderKL, moments: Tensor) -> None:
 
 def export(
     folder: Path,
-    vae: AutoencoderKL,
-    text_encoder: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
-    unet: UNet2DConditionModel,
+    parts: Parts,
     *,
     side: int,
 ) -> None:
     """Write a Stable Diffusion folder in fp16 safetensors, native size ``side`` pixels.
 
     ``folder`` is replaced as a whole and is never seen half written. A model card that stands in it
-    is kept. The modules given are left in fp16.
+    is kept. The parts stay in the precision that they have.
     """
+    vae, text_encoder, unet = (
+        copy.deepcopy(module).to("cpu", torch.float16).eval()
+        for module in (parts.vae, parts.text_encoder, parts.unet)
+    )
     unet.register_to_config(sample_size=side // 8)
     vae.register_to_config(sample_size=side)
     pipeline = StableDiffusionPipeline(
-        vae=vae.half(),
-        text_encoder=text_encoder.half(),
-        tokenizer=tokenizer,
-        unet=unet.half(),
-        scheduler=build_scheduler(),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=parts.tokenizer,
+        unet=unet,
+        scheduler=parts.scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -68,7 +69,7 @@ def export(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         made = Path(scratch) / "made"
         pipeline.save_pretrained(made, safe_serialization=True, max_shard_size=SHARD)
-        save_tokenizer(tokenizer, made / "tokenizer")
+        save_tokenizer(parts.tokenizer, made / "tokenizer")
         # Objects come out whole at the size of the training only; a picture that is there already
         # may be worked on at more, and keeps more detail then.
         sizes = {"sides": [side, side], "whole": 4 * side}

@@ -15,9 +15,9 @@ from PIL import Image
 from skimage.color import rgb2lab
 from skimage.measure import label
 
-from diffedit.training.backdrops import Pixels
-from diffedit.training.scenes import COLOURS, PALETTE
-from diffedit.training.shapes import SHAPES, Floats, coverage
+from diffedit.training.world.backdrops import Pixels
+from diffedit.training.world.forms import SHAPES, Floats, coverage
+from diffedit.training.world.things import COLOURS, PALETTE
 
 Mask = NDArray[np.bool_]
 
@@ -98,13 +98,11 @@ def _normalise(piece: Mask, shift: tuple[float, float] = (0.0, 0.0), zoom: float
 def _templates() -> tuple[Floats, tuple[str, ...]]:
     """Every shape at nine angles and small errors of area and centre: (n, grid²) and n names."""
     side = 128
-    rows, columns = np.mgrid[0:side, 0:side].astype(np.float32)
-    u, v = (columns + 0.5) / side, (rows + 0.5) / side
     grids: list[Floats] = []
     names: list[str] = []
     for shape in SHAPES:
         for angle in np.linspace(-0.24, 0.24, 9):
-            piece = coverage(shape, u, v, 0.5, 0.5, 0.36, float(angle), side) > 0.5
+            piece = coverage(shape, 0.36, float(angle), side) > 0.5
             for zoom in (0.94, 1.0, 1.06):
                 for shift in ((0.0, 0.0), (0.0, 0.04), (0.0, -0.04), (0.04, 0.0), (-0.04, 0.0)):
                     grids.append(_normalise(piece, shift, zoom).ravel())

@@ -1,118 +1,91 @@
-"""One training loop for every part of the model: seeded by step, checkpointed, interruptible.
+"""One loop for every training: seeded by step, checkpointed, stoppable anywhere, on any devices.
 
-A batch comes in parts, which run side by side in threads of one core each; their gradients are
-added in the order of the parts. That is faster on a CPU than threads inside each operation, above
-all where other work competes for the cores, and the sums come out the same whoever did what.
+All randomness of step ``k`` comes from ``(seed, k)`` and is drawn for the whole batch before the
+batch is divided. So a checkpoint needs no generator state, a run that was stopped and resumed gives
+the curve of one that was not, and dividing a batch otherwise (more devices, more accumulation,
+threads) changes nothing but the order in which floats are added.
 
-All randomness of step ``k`` comes from ``(seed, k)``, so a checkpoint needs no generator state
-and a run that was stopped and resumed gives the same curve as one that was not.
+On a CPU the parts of a batch run side by side in threads of one core each; see ``threads.py``.
+Devices, mixed precision and processes are accelerate's. Gradients are summed over processes once
+per step, as one tensor.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 
+from diffedit.errors import InputError, OutputError
+from diffedit.training.config import Training
+from diffedit.training.ema import Constant, Ema, Power
+from diffedit.training.logbook import Logbook
 from diffedit.training.optim import lr_factor
-from diffedit.training.threads import in_parallel, one_core
+from diffedit.training.precision import resolve
+from diffedit.training.threads import cores, in_parallel, one_core
 
 log = logging.getLogger(__name__)
 
+Rows: TypeAlias = Mapping[str, Tensor]
+"""A batch: named tensors, all with one row per example."""
+
+Picture: TypeAlias = Any
+"""(h, w, 3) uint8."""
+
 
 class Task(Protocol):
-    """What is trained: its modules, its optimisers, the loss of a step and a validation."""
+    """What is trained. ``modules`` are kept in checkpoints and averaged."""
 
     modules: Mapping[str, nn.Module]
-    optimizers: list[torch.optim.Optimizer]
+    optimizers: Sequence[torch.optim.Optimizer]
 
-    def parts(self, step: int, generator: torch.Generator) -> list[Callable[[], Tensor]]:
-        """Batch number ``step`` in parts, each giving its share of the scalar loss when called.
-
-        All that is random is drawn from ``generator`` here, not when a part is called.
-        """
+    def batch(self, step: int, generator: torch.Generator) -> Rows:
+        """Batch number ``step``, on the CPU. All that is random is drawn here."""
         ...
 
-    def rate(self, step: int) -> float:
-        """What the learning rates of ``step`` are multiplied with, besides the run's own shape."""
+    def loss(self, rows: Rows) -> Tensor:
+        """The mean loss of some rows of a batch, a scalar. Called under autocast, in any thread."""
         ...
 
-    def validate(self, ema: Ema) -> dict[str, float]:
-        """Figures on held-out data, made with the averaged weights."""
+    def validate(self) -> dict[str, float]:
+        """Figures on held-out data. The averaged weights stand in the modules."""
+        ...
+
+    def pictures(self) -> list[tuple[str, Picture]]:
+        """Samples with their titles. The averaged weights stand in the modules."""
+        ...
+
+    def export(self, folder: Path) -> None:
+        """Write the result; after training the averaged weights stand in the modules."""
         ...
 
 
-class Ema:
-    """Exponential moving averages of the modules' weights, with a warm-up of the decay."""
-
-    def __init__(self, modules: Mapping[str, nn.Module], decay: float) -> None:
-        self.decay = decay
-        self.shadow = {
-            name: {k: v.detach().clone() for k, v in module.state_dict().items()}
-            for name, module in modules.items()
-        }
-
-    @torch.no_grad()
-    def update(self, modules: Mapping[str, nn.Module], step: int) -> None:
-        """Move towards the present weights; ``step`` counts from 0."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for name, module in modules.items():
-            shadow = self.shadow[name]
-            for key, value in module.state_dict().items():
-                if value.is_floating_point():
-                    shadow[key].lerp_(value, 1 - decay)
-                else:
-                    shadow[key].copy_(value)
-
-    @contextmanager
-    def applied(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-        """The averaged weights stand in the modules for the time of the ``with`` block."""
-        present = {
-            name: {k: v.detach().clone() for k, v in module.state_dict().items()}
-            for name, module in modules.items()
-        }
-        for name, module in modules.items():
-            module.load_state_dict(self.shadow[name])
-        try:
-            yield
-        finally:
-            for name, module in modules.items():
-                module.load_state_dict(present[name])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """How a run goes on. ``minutes`` ends it early (and resumably); ``None`` is no limit."""
-
-    steps: int
-    seed: int = 0
-    minutes: float | None = None
-    decay: float = 0.25
-    ema_decay: float = 0.999
-    clip: float = 1.0
-    log_every: int = 25
-    validate_every: int = 200
-    save_seconds: float = 150.0
+class NotFinite(InputError):
+    """The loss became infinite or not a number; the last good state is kept."""
 
 
 @dataclass(slots=True)
 class Report:
-    """Where a run stands: the loss of every step, the seconds spent, the validations made."""
+    """Where a run stands: the loss of every step, the seconds spent, whether it is finished."""
 
     losses: list[float] = field(default_factory=list)
     figures: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     seconds: float = 0.0
+    finished: bool = False
 
     @property
     def step(self) -> int:
@@ -120,73 +93,239 @@ class Report:
         return len(self.losses)
 
 
-def train(task: Task, settings: Settings, checkpoint: Path, *, resume: bool) -> tuple[Report, Ema]:
-    """Run ``task`` up to ``settings.steps`` steps, or until time or SIGTERM ends it.
+def accelerator(training: Training) -> Accelerator:
+    """The devices and the number format of a training."""
+    device = training.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = resolve(training.precision, device)
+    mixed = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
+    # Threads share the weights; a cache of their casts would not be theirs alone.
+    return Accelerator(
+        mixed_precision=mixed,
+        cpu=device == "cpu",
+        kwargs_handlers=[AutocastKwargs(cache_enabled=device != "cpu")],
+    )
 
-    ``checkpoint`` is written whole or not at all, every ``save_seconds``, at SIGTERM and at the
-    end. ``resume`` takes it up where it stands; without one on disk, the run starts anew.
+
+def train(
+    task: Task,
+    training: Training,
+    machine: Accelerator,
+    *,
+    resume: bool = False,
+    max_minutes: float | None = None,
+    plan: Callable[[int], float] | None = None,
+) -> Report:
+    """Run ``task`` to its last step, or until time or SIGTERM ends it, resumably.
+
+    ``training.out`` takes ``checkpoint.pt`` (whole or not at all, every ``save_minutes``, at
+    SIGTERM and at the end), ``log.jsonl``, ``curve.png``, ``index.html`` and sample grids.
+
+    Args:
+        resume: go on from the checkpoint, if there is one.
+        max_minutes: stop, resumably, after this long.
+        plan: what the learning rate of a step is multiplied with, besides warm-up and decay.
+
+    Raises:
+        InputError: a checkpoint of another training, or one that is not to be overwritten.
+        NotFinite: the loss is not a number; the state before that step is kept.
+        OutputError: the last checkpoint cannot be written.
     """
-    ema = Ema(task.modules, settings.ema_decay)
+    checkpoint = training.out / "checkpoint.pt"
+    ema = Ema(task.modules, _decay(training))
     report = Report()
-    base = [[group["lr"] for group in opt.param_groups] for opt in task.optimizers]
-    if resume and checkpoint.exists():
-        report = _load(task, ema, checkpoint)
-        log.info("%s: resumed at step %d", checkpoint.stem, report.step)
-    params = [p for opt in task.optimizers for group in opt.param_groups for p in group["params"]]
-    began = saved = time.monotonic()
-    before = report.seconds
-    with _stop_on_sigterm() as stop, one_core():
-        while report.step < settings.steps:
-            step = report.step
-            factor = task.rate(step) * lr_factor(step, settings.steps, decay=settings.decay)
-            for opt, rates in zip(task.optimizers, base, strict=True):
-                for group, rate in zip(opt.param_groups, rates, strict=True):
-                    group["lr"] = rate * factor
-            generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-            done = in_parallel(partial(_gradients, params), task.parts(step, generator))
-            for param, *grads in zip(params, *(grads for _, grads in done), strict=True):
-                param.grad = sum(grads[1:], start=grads[0])
-            nn.utils.clip_grad_norm_(params, settings.clip)
-            for opt in task.optimizers:
+    if checkpoint.exists():
+        if not resume:
+            raise InputError(
+                f"{checkpoint} is there already: go on with --resume, or name another 'out'"
+            )
+        report = _load(task, ema, checkpoint, training)
+        log.info("resumed at step %d", report.step)
+    loop = _Loop(task, training, machine, ema, report, plan)
+    book = Logbook(
+        training.out,
+        step=report.step,
+        steps=training.steps,
+        settings=training.model_dump(mode="json", exclude_unset=True),
+        active=machine.is_main_process,
+    )
+    with book, one_core() if machine.device.type == "cpu" else nullcontext():
+        loop.run(book, checkpoint, max_minutes)
+    for name, module in task.modules.items():
+        module.load_state_dict(ema.shadow[name])
+    return report
+
+
+def _decay(training: Training) -> Callable[[int], float]:
+    if training.ema_width is not None:
+        return Power.of_width(training.ema_width)
+    # A decay of 0 is no average: the shadow is the present weights.
+    return Constant(training.ema) if training.ema is not None else lambda step: 0.0
+
+
+class _Loop:
+    def __init__(
+        self,
+        task: Task,
+        training: Training,
+        machine: Accelerator,
+        ema: Ema,
+        report: Report,
+        plan: Callable[[int], float] | None,
+    ) -> None:
+        self.task, self.training, self.machine = task, training, machine
+        self.ema, self.report, self.plan = ema, report, plan or (lambda step: 1.0)
+        self.base = [[group["lr"] for group in opt.param_groups] for opt in task.optimizers]
+        self.params: list[nn.Parameter] = [
+            p for opt in task.optimizers for group in opt.param_groups for p in group["params"]
+        ]
+
+    def run(self, logbook: Logbook, checkpoint: Path, max_minutes: float | None) -> None:
+        training, report, task = self.training, self.report, self.task
+        began = saved = time.monotonic()
+        before = report.seconds
+        with _stop_on_sigterm() as stop:
+            while report.step < training.steps:
+                try:
+                    loss, rate = self.step(report.step)
+                except NotFinite:
+                    self.save(checkpoint, last=True)
+                    raise
+                report.losses.append(loss)
+                now = time.monotonic()
+                report.seconds = before + now - began
+                logbook.step(report.step, loss, rate, training.batch)
+                finished = report.step >= training.steps
+                if report.step % training.validate_every == 0 or finished:
+                    with self.ema.applied(task.modules):
+                        figures = task.validate()
+                    report.figures.append((report.step, figures))
+                    logbook.figures(report.step, figures)
+                if report.step % training.sample_every == 0 or finished:
+                    with self.ema.applied(task.modules):
+                        pictures = task.pictures()
+                    if pictures:
+                        logbook.pictures(report.step, pictures)
+                out_of_time = max_minutes is not None and now - began >= 60 * max_minutes
+                ending = self.any(finished or out_of_time or stop.is_set())
+                if ending or now - saved >= 60 * training.save_minutes:
+                    self.save(checkpoint, last=ending)
+                    saved = time.monotonic()
+                if ending:
+                    break
+        report.finished = report.step >= training.steps
+
+    def step(self, step: int) -> tuple[float, float]:
+        """One update: the loss of the whole batch, and the first learning rate."""
+        training, machine = self.training, self.machine
+        shape = training.optimiser
+        factor = self.plan(step) * lr_factor(step, training.steps, shape.warmup, shape.decay)
+        for opt, rates in zip(self.task.optimizers, self.base, strict=True):
+            for group, rate in zip(opt.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+        generator = torch.Generator().manual_seed(training.seed * 1_000_003 + step)
+        rows = self.task.batch(step, generator)
+        mine = {k: v[machine.process_index :: machine.num_processes] for k, v in rows.items()}
+        total = _count(rows)
+        loss = torch.zeros((), device=machine.device, dtype=torch.float64)
+        for micro in _dealt(mine, training.accumulate):
+            loss += self.gradients(micro, total)
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.params]
+        if machine.num_processes > 1:
+            flat = machine.reduce(nn.utils.parameters_to_vector(grads), "sum")
+            loss = machine.reduce(loss.float(), "sum").double()
+            nn.utils.vector_to_parameters(flat, grads)
+        for param, grad in zip(self.params, grads, strict=True):
+            param.grad = grad
+        scaler = machine.scaler
+        if scaler is not None:
+            for opt in self.task.optimizers:
+                scaler.unscale_(opt)
+        norm = nn.utils.clip_grad_norm_(self.params, shape.clip)
+        value = float(loss)
+        # A scaler meets infinite gradients by skipping the step and scaling less.
+        if not math.isfinite(value) or (scaler is None and not math.isfinite(float(norm))):
+            self.clear()
+            what = "loss" if not math.isfinite(value) else "gradient"
+            raise NotFinite(
+                f"the {what} of step {step + 1} is not finite ({value:g}); the state before it is "
+                f"kept in {training.out}: lower the rate (now {self.base[0][0] * factor:.3g})"
+                " or take fp32"
+            )
+        for opt in self.task.optimizers:
+            if scaler is not None:
+                scaler.step(opt)
+            else:
                 opt.step()
-                opt.zero_grad(set_to_none=True)
-            ema.update(task.modules, step)
-            report.losses.append(sum(loss for loss, _ in done))
-            now = time.monotonic()
-            report.seconds = before + now - began
-            if report.step % settings.log_every == 0:
-                recent = report.losses[-settings.log_every :]
-                log.info(
-                    "%s: step %d  loss %.5f  %.0f s",
-                    checkpoint.stem,
-                    report.step,
-                    sum(recent) / len(recent),
-                    report.seconds,
-                )
-            finished = report.step >= settings.steps
-            if report.step % settings.validate_every == 0 or finished:
-                figures = task.validate(ema)
-                report.figures.append((report.step, figures))
-                log.info("%s: step %d  %s", checkpoint.stem, report.step, figures)
-            out_of_time = settings.minutes is not None and now - began >= 60 * settings.minutes
-            ending = finished or out_of_time or stop.is_set()
-            if ending or now - saved > settings.save_seconds:
-                _save(task, ema, report, checkpoint)
-                saved = now
-            if ending:
-                break
-    return report, ema
+        if scaler is not None:
+            scaler.update()
+        self.clear()
+        self.ema.update(self.task.modules, step)
+        return value, self.base[0][0] * factor
+
+    def gradients(self, rows: Rows, total: int) -> Tensor:
+        """Add the gradients of some rows, their share of ``total``; the rows' share of the loss."""
+        count = cores() if self.machine.device.type == "cpu" else 1
+        parts = _dealt(rows, count)
+        if len(parts) == 1:
+            loss = self.share(parts[0], total)
+            (self.machine.scaler.scale(loss) if self.machine.scaler else loss).backward()
+            return loss.detach().double()
+        done = in_parallel(partial(self.part, total=total), parts)
+        for param, *grads in zip(self.params, *(grads for _, grads in done), strict=True):
+            added = sum(grads[1:], start=grads[0])
+            param.grad = added if param.grad is None else param.grad + added
+        return sum((loss for loss, _ in done[1:]), start=done[0][0])
+
+    def part(self, rows: Rows, total: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        loss = self.share(rows, total)
+        grads = torch.autograd.grad(loss, self.params, materialize_grads=True)
+        return loss.detach().double(), grads
+
+    def share(self, rows: Rows, total: int) -> Tensor:
+        with self.machine.autocast() if self.machine.mixed_precision != "no" else nullcontext():
+            loss = self.task.loss(rows)
+        return loss * (_count(rows) / total)
+
+    def clear(self) -> None:
+        for param in self.params:
+            param.grad = None
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so: all stop at the same step."""
+        if self.machine.num_processes == 1:
+            return flag
+        said = self.machine.reduce(torch.tensor(float(flag), device=self.machine.device), "sum")
+        return bool(said > 0)
+
+    def save(self, checkpoint: Path, *, last: bool) -> None:
+        """Write the checkpoint; if that fails on the way, training goes on with a warning."""
+        if not self.machine.is_main_process:
+            return
+        try:
+            _save(self.task, self.ema, self.report, checkpoint, self.training)
+        except (OSError, RuntimeError) as error:  # torch's writer wraps what the disk says
+            kept = "the one before it is kept" if checkpoint.exists() else "there is none yet"
+            said = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            message = f"{checkpoint}: the checkpoint of step {self.report.step} cannot be written"
+            message = f"{message} ({said}); {kept}"
+            if last:
+                raise OutputError(message) from error
+            log.warning("%s; training goes on", message)
 
 
-def _gradients(
-    params: list[nn.Parameter], part: Callable[[], Tensor]
-) -> tuple[float, tuple[Tensor, ...]]:
-    loss = part()
-    return float(loss.detach()), torch.autograd.grad(loss, params, materialize_grads=True)
+def _count(rows: Rows) -> int:
+    return len(next(iter(rows.values())))
 
 
-def _save(task: Task, ema: Ema, report: Report, checkpoint: Path) -> None:
+def _dealt(rows: Rows, count: int) -> list[Rows]:
+    """Rows dealt out like cards, so that each hand sees the whole range of a sorted batch."""
+    hands = range(min(count, _count(rows)))
+    return [{k: v[hand :: len(hands)] for k, v in rows.items()} for hand in hands]
+
+
+def _save(task: Task, ema: Ema, report: Report, checkpoint: Path, training: Training) -> None:
     state: dict[str, Any] = {
+        "training": training.model_dump(mode="json"),
         "modules": {name: module.state_dict() for name, module in task.modules.items()},
         "optimizers": [opt.state_dict() for opt in task.optimizers],
         "ema": ema.shadow,
@@ -196,19 +335,47 @@ def _save(task: Task, ema: Ema, report: Report, checkpoint: Path) -> None:
     }
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     unfinished = checkpoint.with_suffix(".part")
-    torch.save(state, unfinished)
-    os.replace(unfinished, checkpoint)
+    try:
+        torch.save(state, unfinished)
+        os.replace(unfinished, checkpoint)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
-def _load(task: Task, ema: Ema, checkpoint: Path) -> Report:
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+def _load(task: Task, ema: Ema, checkpoint: Path, training: Training) -> Report:
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        made_with = state["training"]
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        said = str(error).splitlines()[0]
+        raise InputError(f"{checkpoint} cannot be read as a checkpoint ({said})") from None
+    differing = _differences(made_with, training.model_dump(mode="json"), training.FREE)
+    if differing:
+        raise InputError(
+            f"{checkpoint} is of another training ({'; '.join(differing)}): put it back, or name"
+            " another 'out'"
+        )
     for name, module in task.modules.items():
         module.load_state_dict(state["modules"][name])
         for key, value in state["ema"][name].items():
             ema.shadow[name][key].copy_(value)
     for opt, saved in zip(task.optimizers, state["optimizers"], strict=True):
         opt.load_state_dict(saved)
-    return Report(state["losses"], state["figures"], state["seconds"])
+    return Report(list(state["losses"]), list(state["figures"]), state["seconds"])
+
+
+def _differences(
+    there: Mapping[str, Any], here: Mapping[str, Any], free: frozenset[str], prefix: str = ""
+) -> list[str]:
+    """``"batch is 8, was 16"`` for each setting that differs."""
+    found = []
+    for key in sorted({*there, *here} - free):
+        old, new = there.get(key), here.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += _differences(old, new, frozenset(), f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} is {new!r}, was {old!r}")
+    return found
 
 
 @contextmanager

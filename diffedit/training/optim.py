@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from diffedit.training.config import Optimiser
 from diffedit.training.threads import in_parallel
 
 _STACK = 4
@@ -78,10 +79,8 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     return made
 
 
-def optimizers(
-    modules: Iterable[nn.Module], muon_lr: float, adam_lr: float
-) -> list[torch.optim.Optimizer]:
-    """Muon over all hidden weights of two or more dimensions, AdamW over the rest.
+def optimizers(modules: Iterable[nn.Module], how: Optimiser) -> list[torch.optim.Optimizer]:
+    """AdamW over what is trainable; with ``muon``, Muon over all hidden weights of it.
 
     Embeddings and a model's first and last layers (three or four channels wide) are no hidden
     matrices: their rows are features of their own, so AdamW takes them.
@@ -91,12 +90,21 @@ def optimizers(
     for module in modules:
         embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
         for param in module.parameters():
+            if not param.requires_grad:
+                continue
             hidden = param.ndim >= 2 and min(len(param), param.shape[1]) >= 8
-            (matrices if hidden and id(param) not in embeddings else others).append(param)
-    return [
-        Muon(matrices, lr=muon_lr),
-        torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+            hidden = hidden and how.name == "muon" and id(param) not in embeddings
+            (matrices if hidden else others).append(param)
+    made: list[torch.optim.Optimizer] = []
+    if matrices:
+        made.append(Muon(matrices, lr=how.muon_rate))
+    if others:
+        made.append(
+            torch.optim.AdamW(
+                others, lr=how.rate, betas=(0.9, 0.98), weight_decay=how.weight_decay
+            )
+        )
+    return made
 
 
 def lr_factor(step: int, steps: int, warmup: int = 40, decay: float = 0.25) -> float:

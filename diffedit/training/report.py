@@ -27,7 +27,8 @@ from diffedit.training.evaluate import (
     judge_accuracy,
 )
 from diffedit.training.painters import PipelinePainter
-from diffedit.training.scenes import RICH, SIMPLE, draw_scene, render
+from diffedit.training.world.paint import render
+from diffedit.training.world.scenes import RICH, SIMPLE, draw_scene
 
 log = logging.getLogger(__name__)
 

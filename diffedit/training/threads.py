@@ -19,10 +19,14 @@ _Item = TypeVar("_Item")
 _Made = TypeVar("_Made")
 
 
+def cores() -> int:
+    """How many parts run side by side."""
+    return min(8, os.cpu_count() or 1)
+
+
 @cache
 def _pool() -> ThreadPoolExecutor:
-    count = min(8, os.cpu_count() or 1)
-    return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+    return ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,))
 
 
 def in_parallel(function: Callable[[_Item], _Made], items: Iterable[_Item]) -> list[_Made]:

@@ -8,16 +8,9 @@ from PIL import Image
 from diffedit.training.cases import inpaintings, single_objects
 from diffedit.training.evaluate import generation, inpainting, is_shape
 from diffedit.training.judges import colour_share, judge_shape, segment
-from diffedit.training.scenes import (
-    COLOURS,
-    PALETTE,
-    Background,
-    Mix,
-    Scene,
-    Thing,
-    draw_scene,
-    render,
-)
+from diffedit.training.world.paint import render
+from diffedit.training.world.scenes import Background, Mix, Scene, draw_scene
+from diffedit.training.world.things import COLOURS, PALETTE, Thing
 
 
 def _picture(colour: str, shape: str, background: str, x: float = 0.5, y: float = 0.5) -> Scene:

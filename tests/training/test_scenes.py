@@ -7,8 +7,10 @@ import skimage.data
 from diffedit.training import backdrops
 from diffedit.training.cases import inpaintings, single_objects
 from diffedit.training.latents import object_cells
-from diffedit.training.scenes import COLOURS, PLAIN, RICH, SIMPLE, Mix, draw_scene, render
-from diffedit.training.shapes import SHAPES
+from diffedit.training.world.paint import render
+from diffedit.training.world.scenes import PLAIN, RICH, SIMPLE, Mix, draw_scene
+from diffedit.training.world.things import COLOURS
+from diffedit.training.world.forms import SHAPES
 
 
 @pytest.mark.parametrize("mix", [SIMPLE, RICH], ids=["simple", "rich"])
@@ -28,7 +30,7 @@ def test_labels_tell_what_is_drawn() -> None:
         assert len(drawing.masks) == len(drawing.scene.things)
         for thing, mask in zip(drawing.scene.things, drawing.masks, strict=True):
             words = drawing.scene.caption.replace("grey", "gray").split()
-            assert {thing.shape, thing.colour} <= set(words)
+            assert {thing.noun, thing.colour} <= set(words)
             assert 0 <= mask.min() <= mask.max() <= 1
             if thing.texture == "plain" and drawing.scene.style == "flat" and mask.max() == 1:
                 inside = drawing.image[mask == 1].mean(axis=0)

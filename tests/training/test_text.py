@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
-from diffedit.training.scenes import RICH, draw_scene
+from diffedit.training.world.scenes import RICH, draw_scene
 from diffedit.training.text import LENGTH, build_text_encoder, build_tokenizer, tokenise
 
 

@@ -19,7 +19,8 @@ from diffedit.training.export import export, fold_statistics
 from diffedit.training.latents import Growth, World
 from diffedit.training.loop import Settings, train
 from diffedit.training.optim import orthogonalise
-from diffedit.training.scenes import RICH, SIMPLE, draw_scene, render
+from diffedit.training.world.paint import render
+from diffedit.training.world.scenes import RICH, SIMPLE, draw_scene
 from diffedit.training.text import build_tokenizer
 
 WIDTHS = (8, 8, 8, 8)

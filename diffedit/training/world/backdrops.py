@@ -14,7 +14,7 @@ import skimage.data
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from diffedit.training.shapes import Floats
+from diffedit.training.world.forms import Floats
 
 Pixels: TypeAlias = NDArray[np.uint8]
 
@@ -56,7 +56,7 @@ def backdrop(
 ) -> Floats:
     """A (side, side, 3) float array, 0-255, of the named kind.
 
-    ``plain``, ``gradient``, ``striped``, ``checkered`` and ``dotted`` use the two colours;
+    ``plain``, ``gradient``, ``sky``, ``striped``, ``checkered`` and ``dotted`` use the two colours;
     ``photo`` (a photograph, or something with its statistics), ``clouds`` and ``leaves`` do not.
     Depends on nothing but the arguments; the same seed gives the same picture at any ``side``
     (noise apart, which is drawn on the pixel grid).
@@ -90,6 +90,9 @@ def _pattern(kind: str, rng: np.random.Generator, side: int) -> Floats:
     u, v = (columns + 0.5) / side - 0.5, (rows + 0.5) / side - 0.5
     angle = rng.uniform(0, np.pi)
     along = (u * np.cos(angle) + v * np.sin(angle)).astype(np.float32)
+    if kind == "sky":
+        # From the zenith down to a horizon a little below the middle.
+        return _float32(np.clip((v + 0.5) / 0.62, 0, 1))
     if kind == "gradient":
         return _float32(np.clip(0.5 + along * rng.choice([-1.1, 1.1]), 0, 1))
     period = rng.uniform(0.16, 0.36)

@@ -1,0 +1,94 @@
+"""The drawn world as a source of training examples."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from diffedit.training.data import Example
+from diffedit.training.world.forms import Floats
+from diffedit.training.world.paint import Drawing, render
+from diffedit.training.world.scenes import MIXES, Mix, Scene, draw_scene
+
+VERSION = 2
+"""Of what the world looks like: raise it when the same seed draws something else."""
+
+HELD_OUT = 1_000_003
+"""Added to a world's seed for the scenes that are judged on, never trained on."""
+
+_NEAR = 8 / 128
+"""How far around an object its surroundings count as belonging to it, as a fraction of the side."""
+
+
+class Drawn:
+    """Scenes of a world; each is drawn when it is asked for.
+
+    Args:
+        shares: mixes by name (see ``scenes.MIXES``), each with its share of the scenes.
+        count: how many scenes; ``first`` is the number of the first.
+        side: of the pictures, in pixels.
+        seed: of the world.
+        style: draw everything in this style, whose name no caption says.
+    """
+
+    def __init__(
+        self,
+        shares: Mapping[str, float],
+        count: int,
+        side: int,
+        *,
+        seed: int = 0,
+        first: int = 0,
+        style: str | None = None,
+    ) -> None:
+        self.shares, self.count, self.side = dict(shares), count, side
+        self.seed, self.first, self.style = seed, first, style
+        self.name = "world " + "+".join(shares)
+        said = [VERSION, sorted(self.shares.items()), count, side, seed, first, style]
+        self.digest = hashlib.sha256(repr(said).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def scene(self, index: int) -> Scene:
+        """Scene number ``index``."""
+        number = self.first + index
+        names = list(self.shares)
+        weights = np.array([self.shares[name] for name in names])
+        rng = np.random.default_rng((self.seed, number, 99))
+        mix: Mix = MIXES[str(rng.choice(names, p=weights / weights.sum()))]
+        if self.style is None:
+            return draw_scene(self.seed, number, mix)
+        return replace(draw_scene(self.seed, number, replace(mix, style=0.0)), style=self.style)
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < self.count:
+            raise IndexError(f"{self.name} has {self.count} scenes, no number {index}")
+        scene = self.scene(index)
+        drawing = render(scene, self.side)
+        name = f"scene {self.first + index}"
+        return Example(drawing.image, scene.caption, name, weight=nearby(drawing))
+
+
+def nearby(drawing: Drawing) -> Floats | None:
+    """Where an object is or is near: (side, side), 1 there and 0 elsewhere.
+
+    ``None`` for views, where everything is described.
+    """
+    if drawing.scene.view != "objects" or not drawing.masks:
+        return None
+    side = len(drawing.image)
+    covered = np.maximum.reduce(drawing.masks) > 0
+    reach = max(1, round(_NEAR * side))
+    rows, columns = np.nonzero(covered)
+    near = np.zeros((side, side), np.float32)
+    if len(rows):
+        # The mask grown by a square, along one axis after the other.
+        sums = np.cumsum(np.pad(covered, ((reach + 1, reach), (0, 0))), axis=0)
+        grown = (sums[2 * reach + 1 :] - sums[: -2 * reach - 1]) > 0
+        sums = np.cumsum(np.pad(grown, ((0, 0), (reach + 1, reach))), axis=1)
+        near[:] = (sums[:, 2 * reach + 1 :] - sums[:, : -2 * reach - 1]) > 0
+    return near
