@@ -32,7 +32,7 @@ def huber(
     """2c (√((x - y)² + c²) - c): (x - y)² for small errors, 2c |x - y| - 2c² for large ones.
 
     The pseudo-Huber loss with the factor that diffusers' scripts give it, so that its small end is
-    :func:`mse`; Song & Dhariwal 2023 (arXiv:2310.14189, eq. 8) have it without the 2c, and
+    :func:`mse`; Song & Dhariwal 2023 (arXiv:2310.14189) have it without the 2c, and
     ``torch.nn.functional.huber_loss`` is another, piecewise function at half this scale. Khrapov
     et al. 2024 (arXiv:2403.16728) measure that it survives corrupt pictures in the data.
     """
@@ -44,7 +44,7 @@ def huber(
 def min_snr(kind: Kind, snr: Tensor, *, gamma: float = 5.0, floor: float = 0.0) -> Tensor:
     """Min-SNR-γ weights of ``mse`` losses of a prediction type; like ``snr``, (n,) in [0, ∞].
 
-    Hang et al. 2023 (arXiv:2303.09556, section 3.4): the error of x_0 weighs min(snr, γ); the
+    Hang et al. 2023 (arXiv:2303.09556): the error of x_0 weighs min(snr, γ); the
     error of ε is snr times as large, that of v (snr + 1) times, that of ε - x_0 (√snr + 1)² times.
 
     Args:

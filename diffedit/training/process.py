@@ -188,7 +188,7 @@ class Process(ABC):
     def posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (n, …) and variance (n,) float64 of q(x_{t-1} | x_t, x_0).
 
-        Ho et al. 2020, eqs. 6-7, written with (a, b) as in Kingma et al. 2021, eqs. 25-26.
+        Ho et al. 2020, eqs. 6-7, written with (a, b) as in Kingma et al. 2021, appendix A.
         """
         a, b = self.coefficients(t)
         a_before, b_before = self.coefficients(self.before(t))

@@ -22,7 +22,7 @@ def stratified(count: int, generator: Generator, span: tuple[float, float] = (0.
     """One in each of ``count`` equal cells of ``span``, ascending.
 
     Each is uniform over its cell, all together over the span. Covering the range in every batch
-    steadies the gradient (Kingma et al. 2021, arXiv:2107.00630, appendix I.1, do it with one
+    steadies the gradient (Kingma et al. 2021, arXiv:2107.00630, appendix I, do it with one
     common offset).
     """
     low, high = _checked(span)

@@ -152,7 +152,7 @@ def test_pure_noise_tells_no_noise_apart_from_a_picture() -> None:
         RectifiedFlow().epsilon("sample", x0, x0, torch.zeros(1))
 
 
-def test_posterior_is_that_of_the_two_page_formula_and_of_diffusers() -> None:
+def test_posterior_is_the_papers_formula_and_that_of_diffusers() -> None:
     process = Diffusion(scaled_linear())
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
                               clip_sample=False, prediction_type="sample")  # fmt: skip
