@@ -313,6 +313,7 @@ def test_the_grid_holds_every_picture_under_its_title() -> None:
     ]
     made = np.asarray(grid(pictures))
     head = made.shape[0] // 2 - 160 - 4
+    assert made.shape[1] == 3 * 168 + 8
     for i, (title, picture) in enumerate(pictures):
         x, y = 8 + 168 * (i % 3), (160 + head) * (i // 3)
         assert (made[y + head : y + head + 160, x : x + 160] == picture).all()
@@ -403,6 +404,16 @@ def test_older_grids_are_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert loads[1:] == ["samples/000002.png", "samples/000001.png"]
 
 
+def test_a_grid_that_the_user_deleted_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Logbook(tmp_path) as log:
+        log.pictures(1, [("x", _picture(1))])
+        (tmp_path / "samples/000001.png").unlink()
+    assert _page(tmp_path).texts.count("stopped, step 0, 00:00") == 1
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
 def test_text_is_escaped_everywhere(tmp_path: Path) -> None:
     bad = "<script>alert('&')</script>"
     log = Logbook(tmp_path / "<i>", settings={bad: bad, "n": [bad]})
@@ -471,7 +482,17 @@ def test_on_a_terminal_there_is_a_bar(
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     caplog.set_level(logging.INFO, "diffedit")
-    _run(tmp_path, 3, 4, steps=4)
+    mine = logging.StreamHandler(terminal)
+    monkeypatch.setattr(logging.getLogger("diffedit"), "handlers", [mine])
+    monkeypatch.setattr(logging.root, "handlers", [])
+    clock = Clock()
+    with Logbook(tmp_path, step=2, steps=4, clock=clock) as log:
+        for k in (3, 4):
+            clock.seconds += 1
+            log.step(k, 1 / k, 1e-3, 8)
+        log.figures(4, {"psnr": 1.0})
+    assert terminal.getvalue().count("psnr 1") == 1  # not through a second handler as well
+    assert logging.getLogger("diffedit").handlers == [mine]
     shown = terminal.getvalue().split("\r")[-1]
     assert "4/4" in shown
     assert f"loss {(1 / 3 + 1 / 4) / 2:.4f}, rate 1.0e-03, 8.0 samples/s" in shown
