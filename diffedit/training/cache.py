@@ -182,7 +182,9 @@ class LatentCache:
                 return None
             if len(parts) < len(found) and name != "weights":  # a weight that is not kept is 1
                 raise InputError(f"{self.source.name}: some examples have {name}, others none")
-            made = torch.ones(len(indices), *parts[0][1][name].shape[1:], dtype=dtype)
+            # A chunk of grey hints has one channel for three.
+            shape = torch.broadcast_shapes(*(chunk[name].shape[1:] for _, chunk, _ in parts))
+            made = torch.ones(len(indices), *shape, dtype=dtype)
             for positions, chunk, rows in parts:
                 place = chunk[through][rows].long() if through else rows
                 made[positions] = chunk[name][place].to(dtype)
@@ -199,7 +201,7 @@ class LatentCache:
             gather("tokens", torch.int64, "text"),
             gather("embeddings", real, "text"),
             gather("weights", real),
-            None if hints is None else hints / 255,
+            None if hints is None else hints.expand(-1, 3, -1, -1) / 255,
         )
 
     def empty(self) -> tuple[Tensor | None, Tensor | None]:
@@ -296,6 +298,8 @@ class LatentCache:
                 tensors[name] = torch.cat([piece[name] for piece in made])
             if made and bool((tensors["weights"] == 1).all()):
                 del tensors["weights"]
+            if "hints" in tensors and bool((tensors["hints"][:, :1] == tensors["hints"]).all()):
+                tensors["hints"] = tensors["hints"][:, :1].clone()
             if made and self.tokenizer is not None:
                 tensors |= self._text(self.tokenizer, [c for c in captions if c is not None])
         return tensors, [fault for _, _, faults in done for fault in faults]

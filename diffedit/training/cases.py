@@ -9,11 +9,11 @@ import numpy as np
 import skimage.data
 from PIL import Image
 
-from diffedit.training.autoencoder import HELD_OUT
 from diffedit.training.world.backdrops import KEPT_FOR_JUDGING, Pixels
 from diffedit.training.world.forms import SHAPES
 from diffedit.training.world.paint import render
 from diffedit.training.world.scenes import Background, Mix, Scene, draw_scene
+from diffedit.training.world.source import HELD_OUT
 from diffedit.training.world.things import COLOURS
 
 _EMPTY = Mix(photo=0.0, pattern=0.4, empty=1.0)

@@ -30,7 +30,7 @@ from diffedit import yaml
 from diffedit.errors import InputError, nearest
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Mixes = Literal["plain", "simple", "pairs", "rich"]
+Mixes = Literal["plain", "simple", "pairs", "rich", "photos"]
 
 
 def _from_base(path: Path, info: ValidationInfo) -> Path:
@@ -170,6 +170,17 @@ class AutoencoderTraining(Training):
     adversarial_from: int = Field(0, ge=0, description="First step with the discriminator")
     decoder_only: bool = Field(False, description="Keep the latents what they are")
 
+    @model_validator(mode="after")
+    def _sizes(self) -> Self:
+        if self.widths is not None:
+            if len(self.widths) != 4 or any(width < 8 or width % 8 for width in self.widths):
+                raise ValueError(f"widths {list(self.widths)} should be four multiples of 8")
+            if self.decoder_only:
+                raise ValueError("decoder_only keeps the model's latents, widths makes new ones")
+        if self.adversarial and self.crop < 16:
+            raise ValueError(f"crop {self.crop} with adversarial: should be at least 16")
+        return self
+
 
 class DenoiserTraining(Training):
     """A UNet, with its text encoder."""
@@ -190,9 +201,13 @@ class ControlNetTraining(Training):
 
     train: Literal["controlnet"]
     kind: str = Field(
-        "canny", description="How hints are made: canny, depth, segments; or hint, from the data"
+        "canny",
+        pattern=r"^\w[\w-]*$",
+        max_length=64,
+        description="How hints are made: canny from any picture, depth or segments from drawn"
+        " scenes; hint or any other name: the 'hint' column of the data",
     )
-    small: bool = Field(False, description="Without attention: a third of the size")
+    small: bool = Field(False, description="Without attention: half the size")
     objective: Objective = Objective()
 
 
@@ -225,9 +240,14 @@ class DistillTraining(Training):
     train: Literal["distill"]
     rank: int = Field(16, ge=1, le=256)
     few: int = Field(4, ge=1, le=16, description="Steps that the result is made for")
-    solver_steps: int = Field(50, ge=2, description="Steps of the teacher's DDIM solver")
+    solver_steps: int = Field(50, ge=2, le=1000, description="Steps of the teacher's DDIM solver")
     guidance: float = Field(5.0, ge=1, description="Guidance of the teacher, distilled in")
-    objective: Objective = Objective()
+
+    @model_validator(mode="after")
+    def _enough_steps(self) -> Self:
+        if self.few > self.solver_steps:
+            raise ValueError(f"few {self.few} is more than solver_steps {self.solver_steps}")
+        return self
 
 
 AnyTraining = Annotated[

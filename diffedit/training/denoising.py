@@ -171,11 +171,16 @@ class Latents:
         snr = self.process.snr(rows["time"])
         return losses.min_snr(self.kind, snr, gamma=self.objective.gamma or 5.0, floor=floor)
 
-    @torch.no_grad()
     def validate(self, predict: Predict) -> dict[str, float]:
         """The weighted loss on held-out examples, at fixed noise and evenly spread levels."""
         if self.held is None:
             return {}
+        return {"validation loss": self.held_loss(lambda rows: predict)}
+
+    @torch.no_grad()
+    def held_loss(self, predict: Callable[[Rows], Predict]) -> float:
+        """The loss of :meth:`validate`, of predictions that may depend on a batch's other rows."""
+        assert self.held is not None
         count, total = len(self.held), 0.0
         generator = torch.Generator().manual_seed(1)
         levels = timesteps.stratified(count, generator)
@@ -184,13 +189,21 @@ class Latents:
             rows = dict(self._rows(self.held, indices.tolist(), generator, 0.0))
             rows["time"] = self.process.at(levels[indices])
             rows.pop("where", None)
-            weighted = scaled(self._weights(rows, 0.0), self.errors(rows, predict))
+            weighted = scaled(self._weights(rows, 0.0), self.errors(rows, predict(rows)))
             total += float(weighted.sum())
-        return {"validation loss": total / count}
+        return total / count
+
+
+def kind_of(scheduler: Any) -> Kind:
+    """What a model predicts that this scheduler samples."""
+    if hasattr(scheduler, "scale_noise"):  # flow matching, whose schedulers do not say it
+        return "flow_prediction"
+    kind: Kind = scheduler.config.get("prediction_type", "epsilon")
+    return kind
 
 
 def _process(objective: Objective, scheduler: Any) -> tuple[Process, Kind]:
-    kind: Kind = objective.target or scheduler.config.get("prediction_type", "epsilon")
+    kind: Kind = objective.target or kind_of(scheduler)
     if kind == "flow_prediction" and not hasattr(scheduler, "scale_noise"):
         return RectifiedFlow(objective.shift), kind
     if kind == "epsilon" and scheduler.config.get("rescale_betas_zero_snr"):

@@ -14,13 +14,14 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from diffedit.training.autoencoder import HELD_OUT, psnr, to_tensor
 from diffedit.training.cases import Case, InpaintCase
 from diffedit.training.judges import Mask, colour_map, colour_share, judge_shape, segment
+from diffedit.training.pictures import psnr, to_tensor
 from diffedit.training.world.backdrops import Pixels
 from diffedit.training.world.forms import SHAPES
 from diffedit.training.world.paint import render
 from diffedit.training.world.scenes import Mix, draw_scene
+from diffedit.training.world.source import HELD_OUT
 from diffedit.training.world.things import COLOURS
 
 Figures = dict[str, float]

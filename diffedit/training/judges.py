@@ -1,4 +1,4 @@
-"""Judges that need no weights: which colour stands in a region, which shape a region has.
+"""Judges that need no weights: which colours stand where, what has which shape, how two relate.
 
 Their own accuracy is measured on held-out drawn scenes (``evaluate.judge_accuracy``); a figure of
 the model means nothing beyond it.
@@ -17,7 +17,9 @@ from skimage.measure import label
 
 from diffedit.training.world.backdrops import Pixels
 from diffedit.training.world.forms import SHAPES, Floats, coverage
-from diffedit.training.world.things import COLOURS, PALETTE
+from diffedit.training.world.paint import render
+from diffedit.training.world.scenes import Background, Scene
+from diffedit.training.world.things import COLOURS, OBJECTS, PALETTE, Thing
 
 Mask = NDArray[np.bool_]
 
@@ -46,8 +48,11 @@ def colour_share(image: Pixels, colour: str, region: Mask | None = None) -> floa
 def segment(image: Pixels, colour: str, region: Mask | None = None) -> Mask:
     """The largest connected piece of ``colour`` (within the region): (h, w) bool, maybe empty."""
     found = colour_map(image) == COLOURS.index(colour)
-    if region is not None:
-        found = found & region
+    return largest_piece(found if region is None else found & region)
+
+
+def largest_piece(found: Mask) -> Mask:
+    """The largest 4-connected piece of a mask, (h, w) bool; empty if the mask is."""
     pieces, count = label(found, return_num=True, connectivity=1)
     if count == 0:
         return np.zeros(found.shape, np.bool_)
@@ -68,15 +73,94 @@ def judge_shape(piece: Mask) -> Verdict | None:
     Pieces and templates are brought to one centre of mass and one area, so that place and size do
     not matter; a piece is compared as it is: a ring's hole counts. ``None`` for under 24 pixels.
     """
+    return _best(piece, *_templates())
+
+
+def judge_thing(piece: Mask, colour: str) -> Verdict | None:
+    """Which of ``things.OBJECTS`` a piece of ``colour`` belongs to, as :func:`judge_shape` does.
+
+    The templates are what :func:`segment` finds of drawn things of that colour, so a part that
+    has a colour of its own (a roof, a stalk) need not be seen.
+    """
+    return _best(piece, *_thing_templates(colour))
+
+
+def _best(piece: Mask, templates: Floats, names: tuple[str, ...]) -> Verdict | None:
     if piece.sum() < 24:
         return None
-    templates, names = _templates()
     grid = _normalise(piece).ravel()
     both = np.minimum(templates, grid).sum(axis=1)
     either = np.maximum(templates, grid).sum(axis=1)
     overlap = both / either
     best = int(overlap.argmax())
     return Verdict(names[best], float(overlap[best]))
+
+
+def is_noun(piece: Mask, noun: str, colour: str) -> bool:
+    """Whether a piece of ``colour`` is taken for ``noun``, a shape or an object.
+
+    Shapes compete with shapes only, and objects with objects: chance is one in
+    ``len(SHAPES)`` or ``len(OBJECTS)``.
+    """
+    verdict = judge_shape(piece) if noun in SHAPES else judge_thing(piece, colour)
+    return verdict is not None and verdict.shape == noun
+
+
+def holds(relation: str, first: Mask, second: Mask) -> bool:
+    """Whether ``first`` stands in ``relation`` ("left of", …) to ``second``.
+
+    By the centres of mass, which have to be further apart along the relation's axis than across
+    it; never for an empty piece.
+    """
+    if not first.any() or not second.any():
+        return False
+    y, x = (np.mean(a) - np.mean(b) for a, b in zip(np.nonzero(first), np.nonzero(second), strict=True))
+    along, across = (x, y) if relation in ("left of", "right of") else (y, x)
+    sign = -1 if relation in ("left of", "above") else 1
+    return bool(sign * along > abs(across))
+
+
+@dataclass(frozen=True, slots=True)
+class PairVerdict:
+    """What a picture shows of two asked objects.
+
+    Attributes:
+        colours: both colours cover enough of the picture.
+        shapes: the largest piece of either colour has the asked form.
+        relation: they stand to each other as asked.
+        opposite: they stand the other way round: a control that nobody asked for.
+    """
+
+    colours: bool
+    shapes: bool
+    relation: bool
+    opposite: bool
+
+
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+
+def judge_pair(
+    image: Pixels,
+    first: tuple[str, str],
+    second: tuple[str, str],
+    relation: str | None,
+    share: float = 0.02,
+) -> PairVerdict:
+    """Judge a picture of two objects, each a (colour, noun) of its own colour.
+
+    ``share`` is how much of the picture a colour has to cover to be there. The relation counts
+    only where both colours are there; without one, both its entries are false.
+    """
+    found = colour_map(image)
+    seen = [found == COLOURS.index(colour) for colour, _ in (first, second)]
+    there = all(bool(one.mean() >= share) for one in seen)
+    pieces = [largest_piece(one) for one in seen]
+    shapes = all(is_noun(p, n, c) for p, (c, n) in zip(pieces, (first, second), strict=True))
+    if relation is None or not there:
+        return PairVerdict(there, shapes, False, False)
+    asked, other = holds(relation, *pieces), holds(OPPOSITE[relation], *pieces)
+    return PairVerdict(there, shapes, asked, other)
 
 
 def _normalise(piece: Mask, shift: tuple[float, float] = (0.0, 0.0), zoom: float = 1.0) -> Floats:
@@ -107,4 +191,25 @@ def _templates() -> tuple[Floats, tuple[str, ...]]:
                 for shift in ((0.0, 0.0), (0.0, 0.04), (0.0, -0.04), (0.04, 0.0), (-0.04, 0.0)):
                     grids.append(_normalise(piece, shift, zoom).ravel())
                     names.append(shape)
+    return np.stack(grids), tuple(names)
+
+
+@cache
+def _thing_templates(colour: str) -> tuple[Floats, tuple[str, ...]]:
+    """Every object of one colour as a judge sees it: (n, grid²) and n names."""
+    behind = "white" if colour not in ("white", "gray", "cyan") else "black"
+    background = Background("plain", behind, behind, 1)
+    grids: list[Floats] = []
+    names: list[str] = []
+    for noun in OBJECTS:
+        for angle in (-0.05, 0.0, 0.05):
+            thing = Thing(noun, colour, PALETTE[colour], "plain", 0.5, 0.5, 0.34, angle)
+            image = render(Scene(background, (thing,), "flat", None, ""), 128).image
+            piece = segment(image, colour)
+            if not piece.any():
+                continue
+            for zoom in (0.94, 1.0, 1.06):
+                for shift in ((0.0, 0.0), (0.0, 0.04), (0.0, -0.04), (0.04, 0.0), (-0.04, 0.0)):
+                    grids.append(_normalise(piece, shift, zoom).ravel())
+                    names.append(noun)
     return np.stack(grids), tuple(names)

@@ -47,6 +47,10 @@ Picture: TypeAlias = Any
 """(h, w, 3) uint8."""
 
 
+_PIECE = 8
+"""Rows that one core takes at a time: more of them fall out of its cache."""
+
+
 class Task(Protocol):
     """What is trained. ``modules`` are kept in checkpoints and averaged."""
 
@@ -264,8 +268,8 @@ class _Loop:
 
     def gradients(self, rows: Rows, total: int) -> Tensor:
         """Add the gradients of some rows, their share of ``total``; the rows' share of the loss."""
-        count = cores() if self.machine.device.type == "cpu" else 1
-        parts = _dealt(rows, count)
+        on_cpu = self.machine.device.type == "cpu"
+        parts = _dealt(rows, max(cores(), -(-_count(rows) // _PIECE)) if on_cpu else 1)
         if len(parts) == 1:
             loss = self.share(parts[0], total)
             (self.machine.scaler.scale(loss) if self.machine.scaler else loss).backward()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffedit.training.config import Optimiser
+from diffedit.training.precision import multiplies_bf16
 from diffedit.training.threads import in_parallel
 
 _STACK = 4
@@ -65,10 +66,10 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrices, roughly: (n, rows, columns) -> the same, float32.
 
     Newton-Schulz with the quintic coefficients of Jordan et al.; singular values end in about
-    [0.7, 1.2]. Works in bfloat16, for which it was made.
+    [0.7, 1.2]. Works in bfloat16, for which it was made, where the device multiplies it.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16()
+    x = matrices.bfloat16() if multiplies_bf16(matrices.device) else matrices.float()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)

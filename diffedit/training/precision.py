@@ -61,6 +61,7 @@ def multiplies_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and cpu_multiplies_bf16()
 
 
+@cache
 def cpu_multiplies_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether every core says so in ``cpuinfo``; False where there is no such file (not Linux)."""
     try:

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from diffedit.training.autoencoder import HELD_OUT
 from diffedit.training.card import card
 from diffedit.training.cases import inpaintings, kept_photographs, single_objects
 from diffedit.training.evaluate import (
@@ -29,6 +28,7 @@ from diffedit.training.evaluate import (
 from diffedit.training.painters import PipelinePainter
 from diffedit.training.world.paint import render
 from diffedit.training.world.scenes import RICH, SIMPLE, draw_scene
+from diffedit.training.world.source import HELD_OUT
 
 log = logging.getLogger(__name__)
 

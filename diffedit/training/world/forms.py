@@ -222,6 +222,22 @@ def cover(part: Part, side: int, where: Window, grow: float = 0.0) -> Floats:
     return covered
 
 
+def distance(part: Part, side: int) -> Floats:
+    """Signed distance of each pixel's centre to the edge of ``part``: (side, side), in sides.
+
+    Exact to first order: the form's function over the length of its gradient, so that a line drawn
+    with it is of one width around a flattened form too.
+    """
+    u, v = _centres(side)[None], _centres(side)[:, None]
+    dx, dy = u - np.float32(part.x), v - np.float32(part.y)
+    cos, sin = np.float32(np.cos(part.angle)), np.float32(np.sin(part.angle))
+    x, y = (cos * dx + sin * dy) / np.float32(part.w), (cos * dy - sin * dx) / np.float32(part.h)
+    away = _DISTANCE[part.form](x, y)
+    down, right = np.gradient(away, np.float32(1 / side))
+    scaled: Floats = (away / np.maximum(np.hypot(down, right), 0.5)).astype(np.float32)
+    return scaled
+
+
 def coverage(shape: str, radius: float, angle: float, side: int) -> Floats:
     """How much of each pixel ``shape`` covers in the middle of a (side, side) picture, in [0, 1]."""
     return cover(Part(shape, 0.5, 0.5, radius, radius, angle), side, (slice(0, side),) * 2)

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffedit.training.world.backdrops import Pixels, backdrop
-from diffedit.training.world.forms import Floats, Part, Window, cover, window
+from diffedit.training.world.forms import Floats, Part, Window, cover, distance, window
 from diffedit.training.world.scenes import Scene, Stage
 from diffedit.training.world.things import PALETTE, RGB, Thing
 
 _LINE = 0.02
 """Width of an outline, as a fraction of the picture's side."""
+
+_PAPER = (24, 72, 148)
+_RULED = (44, 98, 176)
+_CHALK = (236, 243, 252)
+"""Of a blueprint: paper, the grid on it, lines; sRGB, 0-255."""
+
+_GRID = 8
+"""Squares of a blueprint's grid to a side: 32 pixels at 256, four latent cells."""
 
 _TILES = 16
 """Tiles to a side of a mosaic: 16 pixels at 256, two latent cells."""
@@ -65,6 +74,9 @@ class _Painter:
         self.depth = np.zeros((side, side), np.uint8)
         if self.style == "neon":
             self.canvas *= 0.16
+        if self.style == "blueprint":
+            self.paper = _paper(side)
+            self.canvas = self.paper.copy()
         self.wash: Floats | None = None
         if self.style == "watercolor":
             clouds = backdrop("clouds", first, first, behind.seed + 1, side).mean(axis=2)
@@ -74,6 +86,12 @@ class _Painter:
     def thing(self, thing: Thing, whole: Floats, number: int) -> None:
         """Paint ``thing``; ``whole`` becomes what it covers."""
         parts = thing.parts
+        if self.style == "blueprint":
+            # Parts of one colour are one form, with one line around them.
+            for _, group in groupby(parts, key=lambda part: part.rgb):
+                away = np.minimum.reduce([distance(part, self.side) for part in group])
+                np.maximum(whole, self._line(away), out=whole)
+            return
         if self.style in ("outlined", "neon"):
             self._contour(parts, thing.rgb)
         for part in parts:
@@ -90,6 +108,10 @@ class _Painter:
         u = (np.arange(self.side) + 0.5) / self.side
         top = band.top + band.swing * np.sin(2 * np.pi * (band.waves * u + band.phase))
         v = u[:, None]
+        if self.style == "blueprint":
+            away = np.broadcast_to((top - v).astype(np.float32), whole.shape)
+            whole[:] = self._line(away)
+            return
         whole[:] = np.clip(0.5 + (v - top) * self.side, 0, 1)
         fill = np.broadcast_to(np.array(band.rgb, np.float32), self.canvas.shape)
         if self.style == "shaded":
@@ -104,6 +126,14 @@ class _Painter:
             line = np.clip(0.5 + (width - np.abs(v - top)) * self.side, 0, 1)[..., None]
             ink = np.array(_bright(band.rgb) if self.style == "neon" else (0, 0, 0), np.float32)
             self.canvas += line * (ink - self.canvas)
+
+    def _line(self, away: Floats) -> Floats:
+        """Draw a line where ``away`` is 0, on paper where it is negative; what that covers."""
+        inside = np.clip(0.5 - away * self.side, 0, 1)
+        line = np.clip(0.5 + (_LINE / 2 - np.abs(away)) * self.side, 0, 1)[..., None]
+        self.canvas += inside[..., None] * (self.paper - self.canvas)
+        self.canvas += line * (np.array(_CHALK, np.float32) - self.canvas)
+        return inside
 
     def _contour(self, parts: tuple[Part, ...], rgb: RGB) -> None:
         """A dark outline around the parts, or a glowing one."""
@@ -155,6 +185,16 @@ class _Painter:
             tiles = canvas.reshape(_TILES, pitch, _TILES, pitch, 3).mean(axis=(1, 3))
             return np.asarray(tiles.repeat(pitch, axis=0).repeat(pitch, axis=1))
         return canvas
+
+
+def _paper(side: int) -> Floats:
+    """Blue paper with a faint grid: (side, side, 3), 0-255."""
+    across = (np.arange(side) + 0.5) / side * _GRID
+    ruled = np.clip(0.5 + (_LINE / 4 - np.abs(across - np.round(across)) / _GRID) * side, 0, 1)
+    there = np.maximum(ruled[:, None], ruled[None])[..., None]
+    paper, grid = np.array(_PAPER, np.float32), np.array(_RULED, np.float32)
+    made: Floats = (paper + there * (grid - paper)).astype(np.float32)
+    return made
 
 
 def _bright(rgb: RGB) -> RGB:

@@ -17,6 +17,8 @@ from diffedit.training.world.things import COLOURS, OBJECTS, PALETTE, RGB, SKIN,
 
 TEXTURES = ("plain", "striped", "dotted")
 STYLES = ("flat", "outlined", "shaded", "watercolor", "neon", "sepia", "mosaic")
+UNSEEN_STYLES = ("blueprint",)
+"""Drawn only where they are asked for; no caption names them, and no base model has seen them."""
 PATTERNS = ("plain", "gradient", "striped", "checkered", "dotted")
 RELATIONS = ("left of", "right of", "above", "below")
 VIEWS = ("objects", "landscape", "still life", "room", "face")
@@ -109,7 +111,10 @@ RICH = Mix(
 )
 """The whole world: things, textures, patterns, styles, pairs, landscapes, still lifes, faces."""
 
-MIXES = {"plain": PLAIN, "simple": SIMPLE, "pairs": PAIRS, "rich": RICH}
+PHOTOS = Mix(photo=1.0, pattern=0.0, empty=1.0, pair=0.0, texture=0.0, style=0.0)
+"""Crops of photographs, and noise with their statistics: for the autoencoder."""
+
+MIXES = {"plain": PLAIN, "simple": SIMPLE, "pairs": PAIRS, "rich": RICH, "photos": PHOTOS}
 
 
 def draw_scene(seed: int, index: int, mix: Mix = SIMPLE) -> Scene:

@@ -8,10 +8,18 @@ from dataclasses import replace
 
 import numpy as np
 
+from diffedit.errors import InputError, nearest
 from diffedit.training.data import Example
 from diffedit.training.world.forms import Floats
 from diffedit.training.world.paint import Drawing, render
-from diffedit.training.world.scenes import MIXES, Mix, Scene, draw_scene
+from diffedit.training.world.scenes import (
+    MIXES,
+    STYLES,
+    UNSEEN_STYLES,
+    Mix,
+    Scene,
+    draw_scene,
+)
 
 VERSION = 2
 """Of what the world looks like: raise it when the same seed draws something else."""
@@ -31,7 +39,11 @@ class Drawn:
         count: how many scenes; ``first`` is the number of the first.
         side: of the pictures, in pixels.
         seed: of the world.
-        style: draw everything in this style, whose name no caption says.
+        style: draw everything in this style, whose name no caption says: one of ``scenes.STYLES``
+            or ``scenes.UNSEEN_STYLES``.
+
+    Raises:
+        InputError: no such style.
     """
 
     def __init__(
@@ -44,6 +56,11 @@ class Drawn:
         first: int = 0,
         style: str | None = None,
     ) -> None:
+        known = STYLES + UNSEEN_STYLES
+        if style is not None and style not in known:
+            raise InputError(
+                f"no style {style!r}{nearest(style, known)}, should be one of {', '.join(known)}"
+            )
         self.shares, self.count, self.side = dict(shares), count, side
         self.seed, self.first, self.style = seed, first, style
         self.name = "world " + "+".join(shares)
@@ -62,15 +79,23 @@ class Drawn:
         mix: Mix = MIXES[str(rng.choice(names, p=weights / weights.sum()))]
         if self.style is None:
             return draw_scene(self.seed, number, mix)
-        return replace(draw_scene(self.seed, number, replace(mix, style=0.0)), style=self.style)
+        mix = replace(mix, style=0.0)
+        if self.style in UNSEEN_STYLES:
+            # Paper has neither photographs nor patterns on it, and is never empty.
+            mix = replace(mix, photo=0.0, pattern=0.0, empty=0.0)
+        return replace(draw_scene(self.seed, number, mix), style=self.style)
 
     def __getitem__(self, index: int) -> Example:
+        return self.drawn(index)[0]
+
+    def drawn(self, index: int) -> tuple[Example, Drawing]:
+        """Example number ``index``, and the drawing that it is taken from."""
         if not 0 <= index < self.count:
             raise IndexError(f"{self.name} has {self.count} scenes, no number {index}")
         scene = self.scene(index)
         drawing = render(scene, self.side)
         name = f"scene {self.first + index}"
-        return Example(drawing.image, scene.caption, name, weight=nearby(drawing))
+        return Example(drawing.image, scene.caption, name, weight=nearby(drawing)), drawing
 
 
 def nearby(drawing: Drawing) -> Floats | None:
