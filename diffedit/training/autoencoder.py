@@ -13,7 +13,6 @@ import torch
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
 
 from diffedit.errors import InputError
@@ -31,6 +30,9 @@ log = logging.getLogger(__name__)
 
 _SHOWN = 6
 """Reconstructions in a sample grid."""
+
+_STRIDES = (2, 2, 1, 1)
+"""Of the discriminator's convolutions."""
 
 _MOMENTS = 256
 """Pictures from which the statistics of a new autoencoder's latents are taken."""
@@ -210,7 +212,7 @@ def new_autoencoder(widths: tuple[int, ...], side: int) -> AutoencoderKL:
     return vae
 
 
-class Discriminator(nn.Sequential):
+class Discriminator(nn.Module):
     """Says of every patch of 34 pixels whether it is of a picture: (n, 3, h, w) -> (n, 1, h', w').
 
     Isola et al. 2017 (arXiv:1611.07004), section 3.2.2 and appendix 6.1.2, with group
@@ -218,31 +220,46 @@ class Discriminator(nn.Sequential):
     """
 
     def __init__(self, width: int = 64) -> None:
-        super().__init__(
-            nn.Conv2d(3, width, 4, 2, 1),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(width, 2 * width, 4, 2, 1, bias=False),
-            nn.GroupNorm(8, 2 * width),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(2 * width, 4 * width, 4, 1, 1, bias=False),
-            nn.GroupNorm(8, 4 * width),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(4 * width, 1, 4, 1, 1),
+        super().__init__()
+        self.kernels = nn.ModuleList(
+            [
+                nn.Conv2d(3, width, 4),
+                nn.Conv2d(width, 2 * width, 4, bias=False),
+                nn.Conv2d(2 * width, 4 * width, 4, bias=False),
+                nn.Conv2d(4 * width, 1, 4),
+            ]
+        )
+        self.norms = nn.ModuleDict(
+            {"1": nn.GroupNorm(8, 2 * width), "2": nn.GroupNorm(8, 4 * width)}
         )
 
+    def forward(self, x: Tensor, *, frozen: bool = False) -> Tensor:
+        """High where a patch passes for one of a picture; ``frozen`` weights get no gradient."""
+        # Detached here and not in the module, which other threads are using.
+        weights = {k: v.detach() if frozen else v for k, v in self.named_parameters()}
+        for number, stride in enumerate(_STRIDES):
+            name = f"kernels.{number}"
+            bias = weights.get(f"{name}.bias")
+            x = functional.conv2d(x, weights[f"{name}.weight"], bias, stride, padding=1)
+            if str(number) in self.norms:
+                name = f"norms.{number}"
+                x = functional.group_norm(x, 8, weights[f"{name}.weight"], weights[f"{name}.bias"])
+            if number + 1 < len(_STRIDES):
+                x = functional.leaky_relu(x, 0.2)
+        return x
 
-def adversarial_loss(judge: nn.Module, output: Tensor, real: Tensor, weight: float) -> Tensor:
+
+def adversarial_loss(judge: Discriminator, output: Tensor, real: Tensor, weight: float) -> Tensor:
     """``weight`` times the generator's hinge loss, plus the discriminator's: a scalar.
 
     −E[D(x̂)] and E[max(0, 1 − D(x))] + E[max(0, 1 + D(x̂))] (Lim & Ye 2017, arXiv:1705.02894,
     eqs. 7-8). The first moves ``output`` alone, the second ``judge`` alone.
     """
-    frozen = {name: value.detach() for name, value in judge.named_parameters()}
-    fooled: Tensor = functional_call(judge, frozen, (output,))
-    told = (
-        functional.relu(1 - judge(real)).mean() + functional.relu(1 + judge(output.detach())).mean()
-    )
-    return told.float() - weight * fooled.float().mean()
+    fooled = judge(output, frozen=True).float().mean()
+    of_real, of_made = judge(real).float(), judge(output.detach()).float()
+    told = functional.relu(1 - of_real).mean() + functional.relu(1 + of_made).mean()
+    loss: Tensor = told - weight * fooled
+    return loss
 
 
 def edge_error(output: Tensor, target: Tensor) -> Tensor:
