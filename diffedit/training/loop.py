@@ -364,7 +364,11 @@ def _load(task: Task, ema: Ema, checkpoint: Path, training: Training) -> Report:
         for key, value in state["ema"][name].items():
             ema.shadow[name][key].copy_(value)
     for opt, saved in zip(task.optimizers, state["optimizers"], strict=True):
+        rates = [group["lr"] for group in opt.param_groups]
         opt.load_state_dict(saved)
+        # The checkpoint has the rates of its step, warmed up or decayed.
+        for group, rate in zip(opt.param_groups, rates, strict=True):
+            group["lr"] = rate
     return Report(list(state["losses"]), list(state["figures"]), state["seconds"])
 
 
