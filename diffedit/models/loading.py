@@ -187,6 +187,27 @@ def sizes(source: str) -> tuple[int, int, int] | None:
     return found
 
 
+def own_control(source: str, kind: str | None = None) -> Path | None:
+    """The folder of a model's own control network for hints of a kind, if it has one.
+
+    Looked for in the model's folder: ``controlnet/<kind>``, then ``controlnet/<its first word>``
+    (``depth`` for ``depth_midas``), then ``controlnet`` itself, unless the ``diffedit.json`` in it
+    says that it is for another kind: ``{"kind": "canny"}``.
+    """
+    own = Path(source) / "controlnet"
+    if kind is not None:
+        for name in dict.fromkeys([kind, kind.partition("_")[0]]):
+            if name and (own / name / "config.json").is_file():
+                return own / name
+    if not (own / "config.json").is_file():
+        return None
+    about = own / "diffedit.json"
+    its = _json(about).get("kind") if about.is_file() else None
+    # An image that is a hint already ("none") may be one of any kind.
+    fits = its is None or kind in (None, "none", its) or str(kind).partition("_")[0] == its
+    return own if fits else None
+
+
 def inspect(source: str | os.PathLike[str]) -> dict[str, Any]:
     """What a model says of itself, from its configuration files alone."""
     where = Path(_resolved(source))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -153,21 +152,19 @@ class StableDiffusion:
         return Schedule(build(name, self.pipe.scheduler), steps, self.device, at=at, compat=compat)
 
     def load_control(self, source: str | None, kind: str | None = None) -> Any:
-        """Load a ControlNet; None: the subfolder ``controlnet`` of the model's own folder.
+        """Load a ControlNet; None: the model's own for hints of `kind` (`loading.own_control`).
 
         Raises:
             ModelError: there is none, or it was made for another family.
         """
         if source is None:
-            own = Path(self.source) / "controlnet"
-            source = next(
-                (str(p) for p in (own / (kind or ""), own) if (p / "config.json").exists()), None
-            )
-            if source is None:
+            own = loading.own_control(self.source, kind)
+            if own is None:
                 raise CapabilityError(
                     f"{self.source} brings no control network of its own for {kind!r}: name one by"
                     " its folder or hub id (controlnet: model)"
                 )
+            source = str(own)
         net: Any = loading.pretrained(ControlNetModel, source, dtype=self.dtype)
         if net.config.conditioning_channels != 3:
             said = net.config.conditioning_channels

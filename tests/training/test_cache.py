@@ -415,3 +415,24 @@ def test_the_tokens_of_a_large_vocabulary_are_kept(
     batch = LatentCache(tmp_path, Made(), autoencoder(), tokenizer=Large()).rows([0])
     assert batch.tokens is not None
     assert int(batch.tokens.min()) >= 49_000
+
+
+def test_grey_hints_are_kept_in_one_channel(tmp_path: Path) -> None:
+    """Chunks of either kind may stand in one batch."""
+
+    def hint(index: int, image: Any) -> Any:
+        return np.repeat(image[..., :1], 3, axis=2) if index < 4 else image
+
+    source = Made(8, hint=hint)
+    cache = LatentCache(tmp_path, source, autoencoder(), chunk=4)
+    cache.ensure()
+    channels = [
+        load(file.read_bytes())["hints"].shape[1] for file in sorted(cache.folder.iterdir())
+    ]
+    assert channels == [1, 3]
+    for indices in ([0, 1], [2, 7], [5, 6]):
+        hints = cache.rows(indices).hints
+        assert hints is not None
+        for found, index in zip(hints, indices, strict=True):
+            expected = torch.from_numpy(np.asarray(source[index].hint)).permute(2, 0, 1)
+            assert torch.equal(found, expected / 255)

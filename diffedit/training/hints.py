@@ -1,0 +1,126 @@
+"""ControlNet hints of training examples: edges, depth, regions, or the data's own.
+
+Edges are found in any picture. Depth and regions are known of drawn scenes only. For every kind but
+edges, a 'hint' column of the data is taken as it is, so that there can be a kind of any name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+import cv2
+import numpy as np
+
+from diffedit.errors import InputError, nearest
+from diffedit.training.data import Example, Pixels, Source, Subset, views_of
+from diffedit.training.world.paint import Drawing
+from diffedit.training.world.source import Drawn
+from diffedit.training.world.things import NOUNS
+
+MADE = ("canny", "depth", "segments")
+"""The kinds of hints that are made here."""
+
+OWN = "hint"
+"""The kind of a 'hint' column that has no other name."""
+
+LOW, HIGH = 100, 200
+"""Canny's thresholds: those of the preprocessor that edits take their hints from."""
+
+
+def canny(pixels: Pixels) -> Pixels:
+    """Edges (Canny 1986), white on black, as diffedit's "canny" preprocessor finds them.
+
+    Args:
+        pixels: (h, w, 3) uint8 RGB.
+
+    Returns:
+        (h, w, 3) uint8, 0 or 255, the same in all channels.
+    """
+    edges = cv2.Canny(np.ascontiguousarray(pixels), LOW, HIGH)
+    return np.repeat(edges[..., None], 3, axis=2).astype(np.uint8)
+
+
+def depth(drawing: Drawing) -> Pixels:
+    """The order of depth as grey, brighter is nearer, the background black: (h, w, 3) uint8."""
+    return np.repeat(drawing.depth[..., None], 3, axis=2)
+
+
+def segments(drawing: Drawing) -> Pixels:
+    """What one sees of each thing in its noun's flat colour, all else black: (h, w, 3) uint8."""
+    made = np.zeros_like(drawing.image)
+    if drawing.masks:
+        masks = np.stack(drawing.masks)
+        colours = np.stack([colour_of(thing.noun) for thing in drawing.scene.things])
+        shown = masks.max(axis=0) > 0.5
+        made[shown] = colours[masks.argmax(axis=0)[shown]]
+    return made
+
+
+def colour_of(noun: str) -> Pixels:
+    """The colour (3,) uint8 of a noun's regions; never black, and of every noun another.
+
+    The colour map of PASCAL VOC 2012's segmentations (its development kit's ``VOClabelcolormap``),
+    in the order of ``NOUNS`` from 1: the bits of the number, from the lowest, go to red, green and
+    blue in turn, the highest bit of each first.
+    """
+    label = NOUNS.index(noun) + 1
+    bits = [[label >> (3 * place + channel) & 1 for place in range(8)] for channel in range(3)]
+    return np.array([sum(bit << (7 - k) for k, bit in enumerate(of)) for of in bits], np.uint8)
+
+
+class Hinted:
+    """A source whose examples have hints of one kind.
+
+    Args:
+        source: the examples.
+        kind: "canny", "depth", "segments"; or, where the data has a 'hint' column, any other name.
+
+    Raises:
+        InputError: hints of this kind cannot be had from this source.
+    """
+
+    def __init__(self, source: Source, kind: str) -> None:
+        self.source, self.kind = source, kind
+        self.name, self.views = source.name, views_of(source)
+        world = _unwrapped(source, 0)[0]
+        self.world = isinstance(world, Drawn)
+        own = not self.world and kind != "canny" and source[0].hint is not None
+        if not own and kind not in MADE:
+            lack = f"no hints of kind {kind!r}{nearest(kind, MADE)} and "
+            raise InputError(
+                f"{source.name} has {'' if kind == OWN else lack}no 'hint' column, take"
+                f" {', '.join(MADE)} or give the data one"
+            )
+        if not own and kind != "canny" and not self.world:
+            raise InputError(
+                f"{source.name}: {kind} hints need the drawn world (data: world) or a 'hint' column"
+            )
+        self.own = own
+        said = f"hinted 1 {'own' if own else kind} {LOW} {HIGH} {NOUNS} {source.digest}"
+        self.digest = hashlib.sha256(said.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        if self.own:
+            return self.source[index]
+        if self.kind == "canny":
+            example = self.source[index]
+            return replace(example, hint=canny(example.image))
+        world, number = _unwrapped(self.source, index)
+        assert isinstance(world, Drawn)
+        example, drawing = world.drawn(number)
+        return replace(example, hint={"depth": depth, "segments": segments}[self.kind](drawing))
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
+
+
+def _unwrapped(source: Source, index: int) -> tuple[Source, int]:
+    """The source below all choices from it, and the number that ``index`` has there."""
+    while isinstance(source, Subset):
+        index, source = int(source.rows[index]), source.source
+    return source, index

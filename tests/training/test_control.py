@@ -1,0 +1,451 @@
+"""ControlNets start as nothing, come to need their hints, and go where edits find them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+from scipy.ndimage import distance_transform_cdt
+
+from diffedit import Editor, Pass
+from diffedit.errors import InputError
+from diffedit.models.loading import own_control
+from diffedit.models.stable_diffusion import Family
+from diffedit.testing import tiny_pipeline
+from diffedit.training.config import ControlNetTraining, Data, Objective, Optimiser
+from diffedit.training.control import (
+    ControlNetTask,
+    Figure,
+    control_figures,
+    controlled,
+    edge_f1,
+    new_controlnet,
+    overfit,
+)
+from diffedit.training.data import Captioned, Folder, Pixels, Source, check, split
+from diffedit.training.export import fold_statistics
+from diffedit.training.hints import Hinted, canny, colour_of
+from diffedit.training.parts import load, new_unet
+from diffedit.training.stages import build
+from diffedit.training.world.source import Drawn
+from diffedit.training.world.things import NOUNS
+from diffedit_controlnet import ControlNet
+from diffedit_controlnet import preprocessors as plugin
+
+SIDE = 64
+CPU = torch.device("cpu")
+WORLD = Drawn({"rich": 1.0}, 60, SIDE)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion folder of random weights whose latents are of size one."""
+    pipe = tiny_pipeline(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    images = np.stack([WORLD[index].image for index in range(8)])
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        fold_statistics(pipe.vae, pipe.vae.encode(pixels).latent_dist.parameters)
+    pipe.vae.register_to_config(scaling_factor=1.0)
+    folder = tmp_path_factory.mktemp("model")
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def training(model: Path, out: Path, **changes: object) -> ControlNetTraining:
+    settings: dict[str, object] = {
+        "train": "controlnet",
+        "model": str(model),
+        "data": Data(world="plain", count=8, side=SIDE, held_out=2),
+        "out": out / "out",
+        "batch": 4,
+        "small": True,
+        "optimiser": Optimiser(rate=3e-3),
+        # Where there is more noise than picture, the picture is to be had from the hint alone.
+        "objective": Objective(focus=(0.6, 1.0, 1.0), dropout=1.0),
+    }
+    return ControlNetTraining.model_validate(settings | changes)
+
+
+def hinted(source: Source, kind: str, index: int) -> Pixels:
+    hint = Hinted(source, kind)[index].hint
+    assert hint is not None
+    return hint
+
+
+def unet() -> UNet2DConditionModel:
+    return tiny_pipeline().unet
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "x_t": torch.randn(2, 4, 8, 8, generator=generator),
+        "timestep": torch.tensor([10, 900]),
+        "words": torch.randn(2, 77, 32, generator=generator),
+        "hints": torch.rand(2, 3, SIDE, SIDE, generator=generator),
+    }
+
+
+# -- the net -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("small", [False, True])
+def test_a_fresh_net_changes_no_bit(small: bool) -> None:
+    base, given = unet(), inputs()
+    bare = base(
+        given["x_t"], given["timestep"], encoder_hidden_states=given["words"], return_dict=False
+    )[0]
+    net = new_controlnet(base, small=small)
+    assert torch.equal(controlled(base, net, **given), bare)
+    torch.nn.init.normal_(net.controlnet_mid_block.weight)
+    assert not torch.equal(controlled(base, net, **given), bare)
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_a_net_starts_with_the_unets_weights(small: bool) -> None:
+    base = unet()
+    theirs, mine = base.state_dict(), new_controlnet(base, small=small).state_dict()
+    own = {key for key in mine if key.startswith("controlnet_")}
+    assert {key for key in mine if key in theirs} == set(mine) - own
+    assert all(torch.equal(mine[key], theirs[key]) for key in set(mine) - own)
+    assert any("attentions" in key for key in mine) != small
+
+
+@pytest.mark.parametrize(
+    ("widths", "small", "millions"),
+    [((64, 128, 192), False, 5.34), ((64, 64, 128, 192), True, 2.44)],
+)
+def test_nets_have_the_sizes_that_are_stated(
+    widths: tuple[int, ...], small: bool, millions: float
+) -> None:
+    with torch.device("meta"):
+        net = new_controlnet(new_unet(widths, plain_levels=0, sample_size=32), small=small)
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
+    assert f"{millions:.2f} M" in (new_controlnet.__doc__ or "")
+
+
+@pytest.mark.parametrize("factor", [2, 8, 32])
+def test_hints_come_to_the_size_of_the_latents(factor: int) -> None:
+    reader = new_controlnet(unet(), factor=factor).controlnet_cond_embedding
+    assert reader(torch.zeros(1, 3, SIDE, SIDE)).shape[-1] == SIDE // factor
+
+
+@torch.no_grad()
+def test_edge_maps_are_told_apart_from_the_first_step_on() -> None:
+    """As diffusers starts these convolutions, nothing of a hint is left at their end."""
+    hints = np.stack([canny(WORLD[index].image) for index in range(8)])
+    shown = torch.from_numpy(hints).permute(0, 3, 1, 2) / 255
+
+    def spread(net: ControlNetModel) -> float:
+        reader = net.controlnet_cond_embedding
+        found = torch.nn.functional.silu(reader.conv_in(shown))
+        for block in reader.blocks:
+            found = torch.nn.functional.silu(block(found))
+        return float(found.std(dim=0).mean())
+
+    torch.manual_seed(0)
+    assert spread(new_controlnet(unet())) > 0.03
+    assert spread(ControlNetModel.from_unet(unet())) < 3e-4
+
+
+# -- learning ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_a_net_comes_to_need_its_hints(model: Path, tmp_path: Path, small: bool) -> None:
+    task = ControlNetTask(training(model, tmp_path, small=small), CPU)
+    figures = task.validate()
+    assert figures["validation loss"] == figures["validation loss, blank hints"] > 0
+    found = overfit(task, 60)
+    assert found.hinted < 0.6 * found.before
+    assert found.hinted < 0.7 * found.shuffled
+    assert found.hinted < 0.7 * found.blank
+    after = task.validate()
+    assert after["validation loss"] != after["validation loss, blank hints"]
+
+
+def test_nothing_but_the_net_is_trained(model: Path, tmp_path: Path) -> None:
+    task = build(training(model, tmp_path), CPU)
+    assert isinstance(task, ControlNetTask)
+    rows = task.batch(0, torch.Generator().manual_seed(0))
+    assert "embeddings" in rows
+    assert "tokens" not in rows
+    assert rows["hints"].shape == (4, 3, SIDE, SIDE)
+    assert set(rows["hints"].unique().tolist()) == {0.0, 1.0}
+    task.loss(rows).backward()
+    for frozen in (task.parts.unet, task.parts.text_encoder, task.parts.vae):
+        assert all(p.grad is None for p in frozen.parameters())
+    assert any(p.grad is not None and p.grad.any() for p in task.net.parameters())
+    trained = {id(p) for opt in task.optimizers for g in opt.param_groups for p in g["params"]}
+    assert trained == {id(p) for p in task.net.parameters()}
+
+
+def test_batches_of_one_cannot_be_tested_on(model: Path, tmp_path: Path) -> None:
+    task = ControlNetTask(training(model, tmp_path, batch=1), CPU)
+    with pytest.raises(InputError, match="two examples"):
+        overfit(task, 1)
+
+
+def test_another_target_than_the_models_is_refused(model: Path, tmp_path: Path) -> None:
+    asked = training(model, tmp_path, objective=Objective(target="epsilon"))
+    with pytest.raises(InputError, match="predicts v_prediction, leave target out"):
+        ControlNetTask(asked, CPU)
+
+
+def test_a_grid_shows_hints_beside_samples(model: Path, tmp_path: Path) -> None:
+    task = ControlNetTask(training(model, tmp_path, prompts=("a red circle",)), CPU)
+    ((title, picture),) = task.pictures()
+    assert title == "a red circle"
+    assert picture.shape == (SIDE, 2 * SIDE, 3)
+    assert task.latents.held is not None
+    assert (picture[:, :SIDE] == task.latents.held.source[0].hint).all()
+
+
+# -- what comes out ------------------------------------------------------------------------------
+
+
+def test_the_result_is_found_by_diffusers_and_by_edits(model: Path, tmp_path: Path) -> None:
+    task = ControlNetTask(training(model, tmp_path), CPU)
+    for joint in (*task.net.controlnet_down_blocks, task.net.controlnet_mid_block):
+        torch.nn.init.normal_(joint.weight, std=0.1)
+    home = tmp_path / "copy"
+    shutil.copytree(model, home)
+    folder = home / "controlnet" / "canny"
+    task.export(folder)
+    task.export(folder)  # in place of the first
+    assert [p.name for p in folder.parent.iterdir()] == ["canny"]
+    assert json.loads((folder / "diffedit.json").read_text("utf-8")) == {"kind": "canny"}
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float16}
+
+    plain = ControlNetModel.from_pretrained(folder)
+    given = inputs()
+    with torch.no_grad():
+        mine = controlled(task.parts.unet, task.net, **given)
+        theirs = controlled(task.parts.unet, plain, **given)
+    assert torch.allclose(mine, theirs, atol=0.02 * float(mine.abs().max()))
+
+    options = {"device": CPU, "dtype": torch.float32, "revision": None, "variant": None}
+    editor = Editor(Family().load(str(home), **options))
+    picture = WORLD[0].image
+
+    def made(**edit: Any) -> Any:
+        edits = [ControlNet(**edit)]
+        return editor.run(picture, Pass(prompt="a", steps=2, edits=edits), seed=1).pixels
+
+    own = made()
+    assert (own == made(model=str(folder))).all()
+    assert (own != made(weight=0)).any()
+
+
+def test_a_models_own_net_is_the_one_for_the_kind(tmp_path: Path) -> None:
+    def put(folder: Path, kind: str | None) -> Path:
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        if kind is not None:
+            (folder / "diffedit.json").write_text(json.dumps({"kind": kind}))
+        return folder
+
+    def found(name: str, kind: str | None) -> Path | None:
+        return own_control(str(tmp_path / name), kind)
+
+    one = put(tmp_path / "one" / "controlnet", "depth")
+    assert found("one", "depth") == found("one", "depth_midas") == one
+    assert found("one", None) == found("one", "none") == one
+    assert found("one", "canny") is None
+    assert found("unsaid", "canny") is None
+    unsaid = put(tmp_path / "unsaid" / "controlnet", None)
+    assert found("unsaid", "canny") == unsaid
+    two = put(tmp_path / "two" / "controlnet" / "canny", "canny")
+    three = put(tmp_path / "two" / "controlnet" / "depth_zoe", "depth")
+    assert found("two", "canny") == two
+    assert found("two", "depth_zoe") == three
+    assert found("two", "depth_midas") is None
+    assert found("two", "none") is None
+
+
+# -- hints ---------------------------------------------------------------------------------------
+
+
+def test_edges_are_those_of_the_edit() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+    for image in (noise, cv2.blur(noise, (5, 5)), *(WORLD[index].image for index in range(12))):
+        assert (canny(image) == plugin.canny(image)).all()
+    assert {p.name: p for p in plugin.PREPROCESSORS}["canny"].load(None) is plugin.canny
+    assert (hinted(WORLD, "canny", 3) == plugin.canny(WORLD[3].image)).all()
+
+
+def test_nearer_is_brighter() -> None:
+    seen = 0
+    for index in range(len(WORLD)):
+        drawing = WORLD.drawn(index)[1]
+        hint = hinted(WORLD, "depth", index)
+        assert (hint == hint[..., :1]).all()
+        shown = [
+            (t, hint[m > 0.9, 0]) for t, m in zip(drawing.scene.things, drawing.masks, strict=True)
+        ]
+        shown = [(thing, values) for thing, values in shown if len(values)]
+        for near, far in itertools.permutations(shown, 2):
+            if near[0].layer > far[0].layer:
+                assert near[1].min() > far[1].max()
+                seen += 1
+        covered = np.maximum.reduce(drawing.masks) if drawing.masks else np.zeros((SIDE, SIDE))
+        if not drawing.scene.stage:
+            assert (hint[covered == 0] == 0).all()
+            assert (hint[covered > 0.9] > 0).all()
+    assert seen > 5
+
+
+def test_regions_have_their_nouns_colours() -> None:
+    for index in range(12):
+        drawing = WORLD.drawn(index)[1]
+        hint = hinted(WORLD, "segments", index)
+        for y, x in np.random.default_rng(index).integers(0, SIDE, (40, 2)):
+            shown = [
+                (mask[y, x], thing.noun)
+                for thing, mask in zip(drawing.scene.things, drawing.masks, strict=True)
+                if mask[y, x] > 0.5
+            ]
+            expected = colour_of(max(shown)[1]) if shown else np.zeros(3)
+            assert (hint[y, x] == expected).all()
+
+
+def test_colours_are_those_of_voc() -> None:
+    published = {1: (128, 0, 0), 2: (0, 128, 0), 4: (0, 0, 128), 11: (192, 128, 0)}
+    published |= {15: (192, 128, 128), 20: (0, 64, 128)}
+    for label, colour in published.items():
+        assert tuple(colour_of(NOUNS[label - 1])) == colour
+    made = {tuple(colour_of(noun)) for noun in NOUNS}
+    assert len(made) == len(NOUNS)
+    assert (0, 0, 0) not in made
+
+
+def test_chosen_scenes_keep_their_own_hints() -> None:
+    rest, held = split(WORLD, 8, seed=3)
+    for part in (rest, held):
+        for number, row in enumerate(part.rows[:8].tolist()):
+            assert (hinted(part, "segments", number) == hinted(WORLD, "segments", row)).all()
+
+
+def test_other_kinds_are_other_sources() -> None:
+    sources = [Hinted(WORLD, kind) for kind in ("canny", "depth", "segments")]
+    digests = {WORLD.digest, *(source.digest for source in sources)}
+    assert len(digests) == 4
+    assert Hinted(WORLD, "depth").digest == sources[1].digest
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Pictures with hints that are their negatives."""
+    for index in range(2):
+        image = WORLD[index].image
+        Image.fromarray(image).save(tmp_path / f"{index}.png")
+        Image.fromarray(255 - image).save(tmp_path / f"hint{index}.png")
+    lines = [{"image": f"{i}.png", "text": "a", "hint": f"hint{i}.png"} for i in range(2)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["hint", "depth", "segments", "openpose"])
+def test_the_datas_own_hints_are_taken(photos: Path, kind: str) -> None:
+    source = check(Captioned(photos / "rows.jsonl", SIDE))
+    assert (hinted(source, kind, 1) == 255 - WORLD[1].image).all()
+    assert (hinted(source, "canny", 1) == canny(WORLD[1].image)).all()
+
+
+def test_hints_that_cannot_be_had_are_refused(photos: Path) -> None:
+    folder = check(Folder(photos, SIDE, "a"))
+    for kind in ("depth", "segments"):
+        with pytest.raises(InputError, match=f"{kind} hints need the drawn world .* or a 'hint'"):
+            Hinted(folder, kind)
+    with pytest.raises(InputError, match="has no 'hint' column, take"):
+        Hinted(folder, "hint")
+    for source in (folder, WORLD):
+        with pytest.raises(InputError, match=r"no hints of kind 'cany' \(did you mean 'canny'"):
+            Hinted(source, "cany")
+
+
+# -- figures -------------------------------------------------------------------------------------
+
+
+def lines(*columns: int) -> Any:
+    edges = np.zeros((32, 32), np.uint8)
+    edges[:, list(columns)] = 255
+    return edges
+
+
+def test_edges_may_be_one_pixel_off() -> None:
+    assert edge_f1(lines(10), lines(10)) == 1
+    assert edge_f1(lines(10), lines(11)) == edge_f1(lines(10), lines(9)) == 1
+    assert edge_f1(lines(10), lines(12)) == 0
+    assert edge_f1(lines(10), lines(12), tolerance=2) == 1
+    assert edge_f1(lines(10), lines(10, 20)) == pytest.approx(2 / 3)  # precision 1/2, recall 1
+    assert edge_f1(lines(10, 20, 30), lines(10)) == pytest.approx(1 / 2)  # precision 1, recall 1/3
+    assert edge_f1(lines(), lines()) == 1
+    assert edge_f1(lines(), lines(3)) == edge_f1(lines(3), lines()) == 0
+    assert edge_f1(np.repeat(lines(10)[..., None], 3, axis=2), lines(10)) == 1
+    with pytest.raises(InputError, match="as many"):
+        edge_f1(lines(10), lines(10)[:16])
+
+
+@pytest.mark.parametrize("tolerance", [0, 1, 3])
+def test_edge_f1_agrees_with_distances(tolerance: int) -> None:
+    rng = np.random.default_rng(0)
+    for share in (0.02, 0.1, 0.4):
+        asked, got = (rng.random((2, 32, 32)) < share).astype(np.uint8) * 255
+        # How far each pixel is from the nearest edge, in steps that may be diagonal.
+        to_asked, to_got = (
+            distance_transform_cdt(edges == 0, "chessboard") for edges in (asked, got)
+        )
+        precision = (to_asked[got > 0] <= tolerance).mean()
+        recall = (to_got[asked > 0] <= tolerance).mean()
+        expected = 2 * precision * recall / (precision + recall)
+        assert edge_f1(asked, got, tolerance) == pytest.approx(expected)
+
+
+def test_intervals_are_as_wide_as_they_should_be() -> None:
+    values = np.random.default_rng(0).normal(0.5, 0.1, 400)
+    found = Figure.of(values.tolist())
+    half = 1.96 * values.std() / 20
+    assert found.mean == pytest.approx(values.mean())
+    assert found.mean - found.low == pytest.approx(half, rel=0.1)
+    assert found.high - found.mean == pytest.approx(half, rel=0.1)
+
+
+def test_figures_of_a_net_that_does_nothing_and_of_one_that_does(model: Path) -> None:
+    parts = load(str(model), CPU)
+    examples = [Hinted(WORLD, "canny")[index] for index in range(3)]
+    net = new_controlnet(parts.unet, small=True)
+    fresh = control_figures(parts, net, examples, steps=2)
+    assert fresh.controlled == fresh.free  # the same noise with and without
+    assert fresh.table()["gain"] == Figure(0, 0, 0)
+    for joint in (*net.controlnet_down_blocks, net.controlnet_mid_block):
+        torch.nn.init.constant_(joint.weight, 0.05)
+    acting = control_figures(parts, net, examples, steps=2)
+    assert acting.free == fresh.free
+    assert acting.controlled != fresh.controlled
+    with pytest.raises(InputError, match="no hint"):
+        control_figures(parts, net, [WORLD[0]], steps=2)
+
+
+def test_the_ceiling_is_the_autoencoders(model: Path) -> None:
+    parts = load(str(model), CPU)
+    examples = [Hinted(WORLD, "canny")[index] for index in range(2)]
+    figures = control_figures(parts, new_controlnet(parts.unet, small=True), examples, steps=1)
+    for example, figure in zip(examples, figures.ceiling, strict=True):
+        pixels = torch.from_numpy(example.image / 127.5 - 1).permute(2, 0, 1)[None].float()
+        with torch.no_grad():
+            back = parts.vae.decode(parts.vae.encode(pixels).latent_dist.mode()).sample[0]
+        image = ((back.permute(1, 2, 0).numpy() + 1) * 127.5).clip(0, 255).round().astype(np.uint8)
+        assert figure == edge_f1(canny(example.image), canny(image))
