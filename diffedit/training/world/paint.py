@@ -89,8 +89,8 @@ class _Painter:
         if self.style == "blueprint":
             # Parts of one colour are one form, with one line around them.
             for _, group in groupby(parts, key=lambda part: part.rgb):
-                away = np.minimum.reduce([distance(part, self.side) for part in group])
-                np.maximum(whole, self._line(away), out=whole)
+                covered = self._line(distance(list(group), self.side))
+                np.maximum(whole, covered, out=whole)
             return
         if self.style in ("outlined", "neon"):
             self._contour(parts, thing.rgb)
