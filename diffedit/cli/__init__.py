@@ -106,6 +106,19 @@ def verbose_option(command: Any) -> Any:
     )(command)
 
 
+def quiet_libraries() -> None:
+    """Keep diffusers and transformers quiet, and their bars away, unless ``--verbose`` is given."""
+    context = click.get_current_context(silent=True)
+    if context is not None and (context.find_root().obj or {}).get("verbose"):
+        return
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
 @click.group(
     cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

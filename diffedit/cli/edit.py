@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from diffedit.cli import verbose_option
+from diffedit.cli import quiet_libraries, verbose_option
 from diffedit.errors import InputError, ParameterError
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ def _do(
     with contextlib.redirect_stdout(sys.stderr):
         from diffedit.editor import Editor
 
-        _quiet_libraries()
+        quiet_libraries()
         editor = Editor.load(workflow.model, device=device, dtype=dtype)
         with editor.stream(image, workflow) as events, Progress() as progress:
             for step in events:
@@ -257,18 +257,6 @@ def _do(
     elif sys.stdout.isatty():
         for path in written:
             click.echo(path)
-
-
-def _quiet_libraries() -> None:
-    context = click.get_current_context(silent=True)
-    if context is not None and (context.find_root().obj or {}).get("verbose"):
-        return
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
 
 
 class Progress:

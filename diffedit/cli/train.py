@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
-from diffedit.cli import verbose_option
+from diffedit.cli import quiet_libraries, verbose_option
 
 
 @click.command(short_help="Train or fine-tune a part of a model on your pictures.")
@@ -30,14 +33,34 @@ def train(config: Path, resume: bool, max_minutes: float | None, dry_run: bool) 
     from diffedit.training.stages import run
 
     trainings = files.load(config)
-    # What a training says of itself is what its user came to see.
-    logging.getLogger("diffedit.training").setLevel(logging.INFO)
-    finished = run(
-        trainings,
-        resume=resume,
-        max_minutes=max_minutes,
-        dry_run=dry_run,
-        say=lambda line: click.echo(line, err=True),
-    )
+    quiet_libraries()
+    with _told():
+        finished = run(trainings, resume=resume, max_minutes=max_minutes, dry_run=dry_run, say=_say)
     if not finished and not dry_run:
         raise click.exceptions.Exit(3)
+
+
+def _say(line: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stderr)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Tell at once what a training says of itself: it may run for days."""
+
+    class Tell(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            _say(self.format(record))
+
+    logger, handler = logging.getLogger("diffedit.training"), Tell()
+    level, logger.propagate = logger.level, False
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = True
+        logger.setLevel(level)

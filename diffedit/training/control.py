@@ -12,7 +12,6 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from diffedit.errors import InputError, OutputError
 from diffedit.training import parts as models
 from diffedit.training.config import ControlNetTraining
 from diffedit.training.data import Example, Pixels, Source
-from diffedit.training.denoising import Latents, Predict, kind_of, save_settings
+from diffedit.training.denoising import Latents, Predict, kind_of, save_settings, source
 from diffedit.training.export import SHARD
 from diffedit.training.hints import Hinted, canny
 from diffedit.training.loop import Picture, Rows
@@ -120,6 +119,7 @@ class ControlNetTask:
     def __init__(self, training: ControlNetTraining, device: torch.device) -> None:
         torch.manual_seed(training.seed + 1)
         self.training = training
+        examples = Hinted(source(training.data, training.seed), kind=training.kind)
         self.parts = models.load(training.model, device)
         asked, native = training.objective.target, kind_of(self.parts.scheduler)
         if asked not in (None, native):
@@ -128,11 +128,7 @@ class ControlNetTask:
             )
         factor = 2 ** (len(self.parts.vae.config.block_out_channels) - 1)
         self.latents = Latents(
-            training,
-            training.objective,
-            self.parts,
-            embeddings=True,
-            hinted=partial(Hinted, kind=training.kind),
+            training, training.objective, self.parts, examples, embeddings=True
         )
         self.net: Any = new_controlnet(self.parts.unet, factor=factor, small=training.small)
         models.quick(self.net)

@@ -34,10 +34,11 @@ class DenoiserTask:
     def __init__(self, training: DenoiserTraining, device: torch.device) -> None:
         torch.manual_seed(training.seed + 1)
         self.training = training
+        examples = source(training.data, training.seed)
         self.parts = models.load(training.model, device)
         parts, cells = self.parts, training.data.side // 8
         if training.text == "new":
-            renew_text(parts, source(training.data, training.seed), training.out / "tokenizer")
+            renew_text(parts, examples, training.out / "tokenizer")
         if training.widths is not None:
             hidden = int(parts.text_encoder.config.hidden_size)
             parts.unet = models.new_unet(
@@ -50,7 +51,7 @@ class DenoiserTask:
             parts.scheduler = models.new_scheduler()
         parts.text_encoder.to(device)
         frozen = training.text == "frozen"
-        self.latents = Latents(training, training.objective, parts, embeddings=frozen)
+        self.latents = Latents(training, training.objective, parts, examples, embeddings=frozen)
         self.modules: Mapping[str, nn.Module] = {"unet": parts.unet}
         if not frozen:
             self.modules = {**self.modules, "text_encoder": parts.text_encoder}

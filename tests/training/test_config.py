@@ -1,0 +1,113 @@
+"""Training files: what they may say, and what is said of those that are wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from diffedit.cli import main
+from diffedit.errors import InputError
+from diffedit.training import config
+
+GOOD = """
+train: denoiser
+data: {world: plain, count: 8, side: 32}
+out: runs/a
+"""
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "train.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_paths_count_from_the_file(tmp_path: Path) -> None:
+    (training,) = config.load(written(tmp_path, GOOD))
+    assert training.out == tmp_path / "runs/a"
+    text = "train: lora\nmodel: tiny\ndata: {folder: pictures, caption: name}\nout: /elsewhere"
+    (training,) = config.load(written(tmp_path, text))
+    assert training.data.folder == tmp_path / "pictures"
+    assert training.out == Path("/elsewhere")
+
+
+def test_stages_share_what_stands_beside_them(tmp_path: Path) -> None:
+    text = """
+seed: 3
+batch: 4
+data: {world: {plain: 1, rich: 2}, side: 64}
+stages:
+  - {train: autoencoder, widths: [8, 8, 8, 8], out: a}
+  - {train: denoiser, out: b, batch: 8}
+"""
+    first, second = config.load(written(tmp_path, text))
+    assert isinstance(first, config.AutoencoderTraining)
+    assert isinstance(second, config.DenoiserTraining)
+    assert (first.seed, first.batch, second.seed, second.batch) == (3, 4, 3, 8)
+    assert second.data.world == {"plain": 1, "rich": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "holds no training, should have 'train:'"),
+        ("- a", "holds no training"),
+        (GOOD.replace("denoiser", "denoisr"), ".yaml:2:1: train is 'denoisr'.*'denoiser'.*one of"),
+        (GOOD + "stepps: 3", r"train.yaml:5:1: stepps no such setting.*'steps'"),
+        (GOOD + "steps: 0", r"train.yaml:5:1: steps Input should be greater than or equal to 1"),
+        (GOOD + "objective: {gama: 3}", r"objective.gama no such setting.*'gamma'"),
+        (GOOD.replace("out: runs/a", ""), "out is missing"),
+        (GOOD.replace("world: plain", "world: plain, folder: x"), "names folder and world, should"),
+        (GOOD.replace("world: plain, ", ""), "names no source, should name one of"),
+        (GOOD + "batch: 2\naccumulate: 3", "accumulate 3 is more than batch 2"),
+        (GOOD + "ema: 0.9\nema_width: 0.1", "names both ema and ema_width"),
+        (GOOD + "stages: 3", "'stages' should be a list of trainings"),
+        (GOOD + "stages: [{}, {steps: 2}]", "two stages write to"),
+        ("train: [", "not YAML"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(InputError, match=said) as caught:
+        config.load(written(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read as a training file"):
+        config.load(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (GOOD + "stepps: 3", "no such setting"),
+        (GOOD.replace("world: plain, count: 8", "folder: none"), "does not exist"),
+        (GOOD + "model: nowhere/at-all/ever", "nowhere/at-all/ever"),
+        (GOOD + "precision: fp16\ndevice: cpu", "fp16 does not train on a CPU"),
+        (GOOD + "device: abacus", "device 'abacus' is unknown"),
+    ],
+)
+def test_the_command_says_it_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], text: str, said: str
+) -> None:
+    code = main(["train", str(written(tmp_path, text))])
+    told = capfd.readouterr().err.strip()
+    assert code == 2
+    assert said in told
+    assert len(told.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_says_what_it_needs_and_writes_no_result(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(written(tmp_path, GOOD)), "--dry-run"]) == 0
+    assert "needs about" in capfd.readouterr().err
+    assert not (tmp_path / "runs/a/checkpoint.pt").exists()
+
+
+def test_help_needs_no_torch() -> None:
+    told = CliRunner().invoke(__import__("diffedit.cli.train", fromlist=["train"]).train, ["--help"])
+    assert "--resume" in told.output
