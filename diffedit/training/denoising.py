@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,11 +33,12 @@ _LOSSES = {"mse": losses.mse, "l1": losses.l1, "huber": losses.huber}
 def source(data: Data, seed: int) -> Source:
     """The examples that a training file names, checked as far as that goes without reading all."""
     if data.world is not None:
-        shares = {data.world: 1.0} if isinstance(data.world, str) else data.world
+        said = {data.world: 1.0} if isinstance(data.world, str) else data.world
+        shares = {str(name): share for name, share in said.items()}
         return Drawn(
             shares, data.count, data.side, seed=seed, first=data.first, style=data.style
         )
-    crop = "random" if data.views > 1 else "centre"
+    crop: Literal["random", "centre"] = "random" if data.views > 1 else "centre"
     views = Views(data.views, crop=crop, zoom=1.25 if data.views > 1 else 1.0, flip=data.flip)
     if data.captions is not None:
         return check(Captioned(data.captions, data.side, views=views))
@@ -51,11 +52,11 @@ class Latents:
     """Examples as batches of noised latents, and what a prediction for them is worth.
 
     Args:
-        training: with its ``data``.
+        training: whose batches these are.
         objective: what is asked, and how an error counts.
         parts: the model; its autoencoder encodes every picture once.
+        examples: the pictures with their captions, and hints where those are wanted.
         embeddings: whether the text encoder is frozen, so that embeddings can be kept too.
-        hinted: makes a ControlNet's hint of an example; ``None`` where no hints are wanted.
     """
 
     def __init__(
@@ -63,15 +64,14 @@ class Latents:
         training: Training,
         objective: Objective,
         parts: Parts,
+        examples: Source,
         *,
         embeddings: bool,
-        hinted: Callable[[Source], Source] | None = None,
     ) -> None:
         self.training, self.objective, self.parts = training, objective, parts
         self.process, self.kind = _process(objective, parts.scheduler)
-        every = source(training.data, training.seed)
-        every = hinted(every) if hinted is not None else every
-        rest, held = split(every, min(training.data.held_out, len(every) // 4), training.seed)
+        held_out = min(training.data.held_out, len(examples) // 4)
+        rest, held = split(examples, held_out, training.seed)
         folder = training.out.parent / ".latents"
         options: dict[str, Any] = {
             "tokenizer": parts.tokenizer,
@@ -181,7 +181,17 @@ class Latents:
     def held_loss(self, predict: Callable[[Rows], Predict]) -> float:
         """The loss of :meth:`validate`, of predictions that may depend on a batch's other rows."""
         assert self.held is not None
-        count, total = len(self.held), 0.0
+        errors = [
+            scaled(self._weights(rows, 0.0), self.errors(rows, predict(rows)))
+            for rows in self.held_rows()
+        ]
+        return float(torch.cat(errors).mean())
+
+    def held_rows(self) -> Iterator[Rows]:
+        """The held-out examples in batches, at fixed noise and evenly spread levels."""
+        if self.held is None:
+            return
+        count = len(self.held)
         generator = torch.Generator().manual_seed(1)
         levels = timesteps.stratified(count, generator)
         levels = levels[torch.randperm(count, generator=generator)]
@@ -189,9 +199,7 @@ class Latents:
             rows = dict(self._rows(self.held, indices.tolist(), generator, 0.0))
             rows["time"] = self.process.at(levels[indices])
             rows.pop("where", None)
-            weighted = scaled(self._weights(rows, 0.0), self.errors(rows, predict(rows)))
-            total += float(weighted.sum())
-        return total / count
+            yield rows
 
 
 def kind_of(scheduler: Any) -> Kind:
