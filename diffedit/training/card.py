@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffedit.training.world.forms import SHAPES
@@ -43,13 +43,7 @@ Native size: 128 px (16 × 16 latent cells). Weights are fp16 safetensors, each 
 
 {quality}
 
-Prompts name one object, every colour and shape equally often; of those from nothing every second
-names a background too. All is seeded. {sampling} A colour counts as there from 2 % of the picture
-(from nothing) or 10 % of the mask on. The shape is judged on the largest piece of the asked colour,
-by overlap with templates; the judge's own accuracy, in the table, is a ceiling. Masks are squares
-and discs of 45-75 % of the side, anywhere in the frame. "Source picture" asks the same of the
-untouched picture (photographs hold brown, gray, black and white already), "unasked colour" asks the
-result for a colour that nobody named (a background may have it).{by_shape}
+{reading}{by_shape}
 
 ## Data
 
@@ -85,6 +79,22 @@ AdamW for the rest; warm-up, plateau, straight line to zero; averaged weights (E
 - Made for 128 px. At larger sizes it has not been trained, and may draw more than one object.
 """
 
+_READING = """\
+Prompts name one object, every colour and shape equally often; of those from nothing every second
+names a background too. All is seeded. {sampling} A colour counts as there from 2 % of the picture
+(from nothing) or 10 % of the mask on. The shape is judged on the largest piece of the asked colour,
+by overlap with templates; the judge's own accuracy, in the table, is a ceiling. Masks are squares
+and discs of 45-75 % of the side, anywhere in the frame. "Source picture" asks the same of the
+untouched picture (photographs hold brown, gray, black and white already), "unasked colour" asks the
+result for a colour that nobody named (a background may have it)."""
+
+_READING_BENCHMARK = """\
+Made by `python -m bench.quality` through diffedit's Editor on {date}, commit {commit}: {made}
+seeded cases (set {set}), {steps} steps, guidance {guidance:g}. In brackets: 95 % intervals.
+"Diffusers" is its own pipeline on the same weights and cases; "drawn answer" is what the judges
+make of the right picture after the autoencoder, a ceiling; "source" is the picture left as it was;
+"unasked" is what nobody asked for. `bench/quality/README.md` says how each is measured."""
+
 
 def card(figures: Mapping[str, Any]) -> str:
     """The card's Markdown. Rows whose figures are missing are left out."""
@@ -95,9 +105,13 @@ def card(figures: Mapping[str, Any]) -> str:
         n_shapes=len(SHAPES),
         shapes=", ".join(SHAPES),
         quality="\n".join(_quality(figures)),
-        sampling=f"{sampling['steps']} steps, guidance {sampling['guidance']:g}."
-        if sampling
-        else "",
+        reading=_READING_BENCHMARK.format(**figures["benchmark"]["about"])
+        if "benchmark" in figures
+        else _READING.format(
+            sampling=f"{sampling['steps']} steps, guidance {sampling['guidance']:g}."
+            if sampling
+            else ""
+        ),
         by_shape=_by_shape(figures.get("generation")),
         training=_training(figures.get("training")),
     )
@@ -108,7 +122,11 @@ def _quality(figures: Mapping[str, Any]) -> list[str]:
     chance = f"chance {1 / len(SHAPES):.3f}"
     if (vae := figures.get("autoencoder")) is not None:
         scenes, photos = f"{vae['scenes_db']} dB", f"{vae['photos_db']} dB"
-        lines.append(_row("autoencoder: held-out scenes at 128 px", 64, scenes, ""))
+        lines.append(
+            _row(
+                f"autoencoder: held-out scenes at {vae.get('scenes_side', 128)} px", 64, scenes, ""
+            )
+        )
         lines.append(_row("autoencoder: the four kept photographs at 256 px", 4, photos, ""))
     if (judges := figures.get("judges")) is not None:
         n, absent = judges["n"], f"absent colour {judges['colour_false']:.2f}"
@@ -134,11 +152,53 @@ def _quality(figures: Mapping[str, Any]) -> list[str]:
                 unasked = f"{chance}, source picture {made['shape_before']:.2f}"
                 lines.append(_row(f"{engine}: inpainting {name}, shape", n, made["shape"], unasked))
     lines += _edits(figures)
+    lines += _benchmark(figures.get("benchmark", {}))
     return lines
 
 
+_TOLD = (
+    *("colour", "shape", "relation", "background", "ground", "removed", "style"),
+    *("outline overlap", "nothing outside", "edge F1", "depth order", "closer in colour"),
+    *("closer in texture", "same bytes again"),
+)
+"""The benchmark's measures that the card shows."""
+
+
+def _benchmark(told: Mapping[str, Any]) -> list[str]:
+    """Rows of the edit benchmark, with their intervals and what to hold them against."""
+    lines = []
+    for row in told.get("rows", ()):
+        engines = row["engines"]
+        if row["measure"] not in _TOLD or "diffedit" not in engines:
+            continue
+        where = ", ".join(part for part in (row["category"], row["group"]) if part)
+        beside = [f"chance {row['chance']:.2f}"] if "chance" in row else []
+        unasked = (where, f"unasked {row['measure']}")
+        for other in told["rows"]:
+            same = ", ".join(part for part in (other["category"], other["group"]) if part)
+            if (same, other["measure"]) == unasked:
+                beside.append(f"unasked {other['engines']['diffedit'][0]:.2f}")
+        others = ("source", "without the edit", "diffusers", "drawn answer")
+        beside += [f"{name} {interval(engines[name])}" for name in others if name in engines]
+        n, figure = engines["diffedit"][3], interval(engines["diffedit"])
+        value, _, rest = figure.partition(" ")
+        lines.append(
+            _row(f"{where}: {row['measure']}", n, f"**{value}** {rest}".strip(), ", ".join(beside))
+        )
+    return lines
+
+
+def interval(figure: Sequence[float | None]) -> str:
+    """``0.97 (0.92-0.99)`` of a value, its bounds and a count."""
+    value, low, high, *_ = figure
+    if value is None:
+        return "-"
+    bounds = "" if low is None or high is None else f" ({low:.2f}-{high:.2f})"
+    return f"{value:.2f}{bounds}"
+
+
 def _edits(figures: Mapping[str, Any]) -> list[str]:
-    """Rows for edits that only diffedit makes, measured by ``bench/quality.py``."""
+    """Rows for edits that only diffedit makes, as measured before there was a benchmark."""
     lines: list[str] = []
     if (made := figures.get("img2img")) is not None:
         far = ", ".join(f"{v:.0f}" for k, v in made.items() if k.startswith("distance"))

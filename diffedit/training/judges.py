@@ -114,7 +114,9 @@ def holds(relation: str, first: Mask, second: Mask) -> bool:
     """
     if not first.any() or not second.any():
         return False
-    y, x = (np.mean(a) - np.mean(b) for a, b in zip(np.nonzero(first), np.nonzero(second), strict=True))
+    y, x = (
+        np.mean(a) - np.mean(b) for a, b in zip(np.nonzero(first), np.nonzero(second), strict=True)
+    )
     along, across = (x, y) if relation in ("left of", "right of") else (y, x)
     sign = -1 if relation in ("left of", "above") else 1
     return bool(sign * along > abs(across))

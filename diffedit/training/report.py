@@ -56,9 +56,11 @@ def gates(paint: Painter, *, prompts: int = PROMPTS, edits: int = EDITS) -> dict
 def autoencoder(folder: Path) -> dict[str, Figures]:
     """The autoencoder's PSNR in dB and the judges' own accuracy on what it reconstructs."""
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-    scenes = [render(draw_scene(HELD_OUT, i, RICH), 128).image for i in range(64)]
+    side = int(vae.config.get("sample_size") or 128)
+    scenes = [render(draw_scene(HELD_OUT, i, RICH), side).image for i in range(64)]
     return {
         "autoencoder": {
+            "scenes_side": side,
             "scenes_db": autoencoder_quality(vae, scenes),
             "photos_db": autoencoder_quality(vae, kept_photographs(256)),
         },

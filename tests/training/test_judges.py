@@ -28,7 +28,7 @@ def test_shapes_and_colours_of_drawn_objects() -> None:
         absent = next(
             c for c in COLOURS if c not in (thing.colour, background.colour, background.second)
         )
-        right += is_shape(segment(drawing.image, thing.colour), thing.shape)
+        right += is_shape(segment(drawing.image, thing.colour), thing.noun)
         seen += colour_share(drawing.image, thing.colour) > 0.01
         false += background.kind == "plain" and colour_share(drawing.image, absent) > 0.02
     assert right >= 55

@@ -1,0 +1,315 @@
+"""From records of single pictures to figures with intervals, gates and comparisons."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bench.quality import intervals, measures, pictures
+from bench.quality.cases import CATEGORIES, Case
+from bench.quality.intervals import Estimate
+from diffedit.training.world.forms import SHAPES
+from diffedit.training.world.scenes import STYLES
+from diffedit.training.world.things import COLOURS, OBJECTS
+
+Record = Mapping[str, Any]
+Key = tuple[str, str]
+"""A case's id and an engine's name."""
+
+LOWER = frozenset(
+    {
+        "changed outside",
+        "seam",
+        "seam, own ground",
+        "colour distance",
+        "texture distance",
+        "distance",
+        "unasked colour",
+        "unasked shape",
+        "opposite relation",
+    }
+)
+"""Measures of which less is better."""
+
+IN_A_MASK = "in a mask"
+ALL_MASKS = "every mask"
+
+
+def rows(found: Sequence[Case], records: Mapping[Key, Record]) -> list[dict[str, Any]]:
+    """One row for each category, group and measure, with every engine's figure.
+
+    Pooled rows follow: what was asked for in a mask (``replace`` and ``add``), and what holds of
+    all masks.
+    """
+    made = []
+    for category in CATEGORIES:
+        groups = list(dict.fromkeys(c.group for c in found if c.category == category))
+        for group in groups:
+            part = [c for c in found if (c.category, c.group) == (category, group)]
+            made += _rows(category, group, part, records)
+    asked = [c for c in found if c.category in ("replace", "add")]
+    keep = ("colour", "unasked colour", "shape", "unasked shape")
+    made += [r for r in _rows(IN_A_MASK, "", asked, records) if r["measure"] in keep]
+    masks = [c for c in found if c.places]
+    keep = ("changed outside", "nothing outside", "seam", "seam, own ground")
+    made += [r for r in _rows(ALL_MASKS, "", masks, records) if r["measure"] in keep]
+    return made
+
+
+def _rows(
+    category: str, group: str, part: Sequence[Case], records: Mapping[Key, Record]
+) -> list[dict[str, Any]]:
+    engines = list(dict.fromkeys(engine for _, engine in records))
+    values: dict[str, dict[str, dict[str, Any]]] = {}
+    for case in part:
+        for engine in engines:
+            record = records.get((case.id, engine))
+            for measure, value in (record or {}).get("values", {}).items():
+                values.setdefault(measure, {}).setdefault(engine, {})[case.id] = value
+    made = []
+    for measure, by_engine in values.items():
+        row: dict[str, Any] = {"category": category, "group": group, "measure": measure}
+        if (chance := _chance(measure, part)) is not None:
+            row["chance"] = round(chance, 3)
+        row["engines"] = {
+            engine: _listed(estimate(list(got.values()))) for engine, got in by_engine.items()
+        }
+        for peer in ("diffusers", "diffusers, crop"):
+            if {"diffedit", peer} <= by_engine.keys():
+                ours, theirs = by_engine["diffedit"], by_engine[peer]
+                both = [i for i in ours if i in theirs]
+                if both:
+                    gap = intervals.difference([ours[i] for i in both], [theirs[i] for i in both])
+                    row.setdefault("ours minus theirs", {})[peer] = _listed(gap)
+        made.append(row)
+    return made
+
+
+def estimate(values: Sequence[Any]) -> Estimate:
+    """A rate of truth values, or a mean of numbers."""
+    if all(isinstance(value, bool) for value in values):
+        return intervals.rate(values)
+    return intervals.mean([float(value) for value in values])
+
+
+def _listed(one: Estimate) -> list[float | int | None]:
+    shown = [None if math.isnan(v) else round(float(v), 4) for v in one[:3]]
+    return [*shown, one.n]
+
+
+def _chance(measure: str, part: Sequence[Case]) -> float | None:
+    """What a picture gets that has nothing to do with what is asked."""
+    if measure == "shape" and part and part[0].wanted:
+        each = [
+            math.prod(1 / len(SHAPES if w.noun in SHAPES else OBJECTS) for w in case.wanted)
+            for case in part
+            if case.wanted
+        ]
+        return float(np.mean(each))
+    fixed = {"relation": 0.5, "style": 1 / len(STYLES), "background": 1 / len(COLOURS),
+             "ground": 1 / len(COLOURS), "depth order": 0.5}  # fmt: skip
+    return fixed.get(measure)
+
+
+def distribution(
+    found: Sequence[Case], records: Mapping[Key, Record], native: int
+) -> list[dict[str, Any]]:
+    """Fréchet distances of pictures from nothing to drawn ones of the same prompts.
+
+    On the cases that all engines made, because the distance depends on how many there are.
+    """
+    wanted = [c for c in found if c.category == "nothing"]
+    engines = [
+        name
+        for name in dict.fromkeys(engine for _, engine in records)
+        if any("features" in records.get((c.id, name), {}) for c in wanted)
+        and name in ("diffedit", "diffusers", "drawn answer")
+    ]
+    shared = [c for c in wanted if all("features" in records.get((c.id, e), {}) for e in engines)]
+    if len(shared) < 4 or not engines:
+        return []
+    drawn = [pictures.answer(case, native) for case in shared]
+    true = np.stack([measures.features(p) for p in drawn if p is not None])
+    row: dict[str, Any] = {"category": "nothing", "group": "all", "measure": "Fréchet distance"}
+    row["engines"] = {}
+    for engine in engines:
+        made = np.stack([np.array(records[c.id, engine]["features"]) for c in shared])
+        row["engines"][engine] = _listed(
+            intervals.jackknife(made, lambda some: measures.frechet(some, true))
+        )
+    return [row]
+
+
+def repeated(records: Mapping[Key, Record]) -> dict[str, Any]:
+    """How often the same case with the same seed gave the same bytes."""
+    same = [
+        record["digest"] == records[case, "diffedit"]["digest"]
+        for (case, engine), record in records.items()
+        if engine == "diffedit again" and (case, "diffedit") in records
+    ]
+    return {
+        "category": "all",
+        "group": "",
+        "measure": "same bytes again",
+        "engines": {"diffedit": _listed(intervals.rate(same))},
+    }
+
+
+def seconds(records: Mapping[Key, Record]) -> dict[str, float]:
+    """Mean seconds a case by engine, with whatever else the machine did."""
+    spent: dict[str, list[float]] = {}
+    for (_, engine), record in records.items():
+        spent.setdefault(engine, []).append(record["seconds"])
+    return {engine: round(float(np.mean(each)), 2) for engine, each in spent.items()}
+
+
+# --- gates ----------------------------------------------------------------------------------------
+
+Figures = Sequence[Mapping[str, Any]]
+
+
+def _row(found: Figures, category: str, group: str, measure: str) -> Mapping[str, Any] | None:
+    wanted = (category, group, measure)
+    return next(
+        (r for r in found if (r["category"], r["group"], r["measure"]) == wanted),
+        None,
+    )
+
+
+def _at_least(category: str, group: str, measure: str, least: float) -> Callable[[Figures], Any]:
+    def gate(found: Figures) -> tuple[Any, str, bool]:
+        row = _row(found, category, group, measure)
+        got = None if row is None else row["engines"].get("diffedit")
+        reached = got is not None and got[0] is not None and got[0] >= least
+        return got, f"≥ {least:g}", reached
+
+    return gate
+
+
+GATES: dict[str, Callable[[Figures], Any]] = {
+    "the asked colour in the mask": _at_least(IN_A_MASK, "", "colour", 0.95),
+    "the asked shape in the mask": _at_least(IN_A_MASK, "", "shape", 0.85),
+    "one object from nothing: shape": _at_least("nothing", "one object", "shape", 0.95),
+    "two objects from nothing: colours": _at_least("nothing", "two objects", "colour", 0.8),
+    "two objects from nothing: shapes": _at_least("nothing", "two objects", "shape", 0.8),
+    "two objects from nothing: relation": _at_least("nothing", "two objects", "relation", 0.8),
+    "a style from nothing": _at_least("nothing", "a style", "style", 0.8),
+    "nothing changed outside the mask": _at_least(ALL_MASKS, "", "nothing outside", 1.0),
+    "the same bytes again": _at_least("all", "", "same bytes again", 1.0),
+}
+"""What is to be reached, by diffedit alone."""
+
+
+def gates(found: Figures) -> list[dict[str, Any]]:
+    """Each gate with its figure, what it should be, and whether it is."""
+    made = []
+    for name, gate in GATES.items():
+        got, target, reached = gate(found)
+        verdict = "not measured" if not got else "reached" if reached else "not reached"
+        made.append({"gate": name, "figure": got, "target": target, "verdict": verdict})
+    for hint in ("canny", "depth", "segments"):
+        made += _control_gates(found, hint)
+    made += _against(found)
+    return made
+
+
+def _control_gates(found: Figures, hint: str) -> list[dict[str, Any]]:
+    """Edges under control: near the autoencoder's ceiling, and clearly above no control."""
+    row = _row(found, "restructure", hint, "edge F1")
+    if row is None or "diffedit" not in row["engines"]:
+        return []
+    ours, made = row["engines"]["diffedit"], []
+    if (top := row["engines"].get("drawn answer")) and top[0]:
+        ok = ours[0] >= 0.8 * top[0]
+        made.append((f"edge F1 under {hint}", f"≥ 0.8 of the autoencoder's {top[0]:.2f}", ok))
+    if bare := row["engines"].get("without the edit"):
+        ok = ours[0] >= 2 * bare[0]
+        made.append((f"edge F1 under {hint}", f"≥ 2 × that without, {bare[0]:.2f}", ok))
+        if ours[1] is not None and bare[2] is not None:
+            clear = ours[1] > bare[2]
+            made.append((f"edge F1 under {hint}", "clearly above that without", clear))
+    return [
+        {
+            "gate": name,
+            "figure": ours,
+            "target": target,
+            "verdict": "reached" if ok else "not reached",
+        }
+        for name, target, ok in made
+    ]
+
+
+def _against(found: Figures) -> list[dict[str, Any]]:
+    """Beside diffusers' pipelines: seams lower, and no asked-object rate lower in any category."""
+    made = []
+    for peer in ("diffusers", "diffusers, crop"):
+        for measure in ("seam", "seam, own ground"):
+            row = _row(found, ALL_MASKS, "", measure)
+            if row and (gap := row.get("ours minus theirs", {}).get(peer)):
+                made.append(_compared(f"{measure} minus {peer}'s", gap, lower=True))
+        for one in found:
+            if one["measure"] not in ("colour", "shape", "relation", "removed", "style"):
+                continue
+            if gap := one.get("ours minus theirs", {}).get(peer):
+                where = ", ".join(part for part in (one["category"], one["group"]) if part)
+                name = f"{where}: {one['measure']} minus {peer}'s"
+                made.append(_compared(name, gap, lower=False))
+    return made
+
+
+def _compared(name: str, gap: Sequence[Any], *, lower: bool) -> dict[str, Any]:
+    """A difference is held against us only as far as its interval says that there is one."""
+    sign = -1 if lower else 1
+    value, low, high, _ = gap
+    if value is None:
+        verdict = "not measured"
+    elif sign * value > 0 or (value == 0 and not lower):
+        verdict = "reached"
+    elif low is None or high is None or low <= 0 <= high:
+        verdict = "no difference within the interval"
+    else:
+        verdict = "not reached"
+    return {
+        "gate": name,
+        "figure": list(gap),
+        "target": "< 0" if lower else "≥ 0",
+        "verdict": verdict,
+    }
+
+
+# --- compact, for the file that is kept -----------------------------------------------------------
+
+
+def columns(found: Iterable[Case], records: Mapping[Key, Record]) -> dict[str, Any]:
+    """Every single value, as columns by category, engine and measure, in the order of the cases.
+
+    Truth values are 1 and 0; numbers have three figures; null where there is none.
+    """
+    made: dict[str, Any] = {}
+    by_category: dict[str, list[Case]] = {}
+    for case in found:
+        by_category.setdefault(case.category, []).append(case)
+    for category, part in by_category.items():
+        engines = dict.fromkeys(e for c, e in records if c.rsplit("-", 1)[0] == category)
+        of = made.setdefault(category, {"cases": [c.number for c in part]})
+        for engine in engines:
+            names: dict[str, None] = {}
+            for case in part:
+                names |= dict.fromkeys(records.get((case.id, engine), {}).get("values", {}))
+            of[engine] = {
+                name: [
+                    _short(records.get((c.id, engine), {}).get("values", {}).get(name))
+                    for c in part
+                ]
+                for name in names
+            }
+    return made
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, bool):
+        return int(value)
+    return float(f"{value:.3g}") if isinstance(value, float) else value
