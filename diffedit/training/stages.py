@@ -23,7 +23,21 @@ RESULT = "model"
 
 
 def build(training: Training, device: torch.device) -> Task:
-    """The task of a training; its data is checked before a model is loaded."""
+    """The task of a training; its data is checked before a model is loaded.
+
+    Raises:
+        InputError: the data or the model is not what it should be, or a library is missing.
+    """
+    try:
+        return _task(training, device)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"training {training.train} needs {error.name}, install it with"
+            " pip install 'diffedit[train]'"
+        ) from error
+
+
+def _task(training: Training, device: torch.device) -> Task:
     # Imported as they are needed: each pulls in other parts of diffusers and transformers.
     if isinstance(training, config.AutoencoderTraining):
         from diffedit.training.autoencoder import AutoencoderTask

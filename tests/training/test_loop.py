@@ -226,7 +226,7 @@ def test_a_full_disk_warns_and_the_last_checkpoint_must_be_written(
         write(state, path)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OutputError, match="step 12 cannot be written .No space left.*is kept"):
+    with pytest.raises(OutputError, match=r"step 12 cannot be written .No space left.*is kept"):
         run(how)
     assert "checkpoint of step 4 cannot be written" in caplog.text
     assert len(torch.load(how.out / "checkpoint.pt")["losses"]) == 3
@@ -237,9 +237,9 @@ def test_a_full_disk_warns_and_the_last_checkpoint_must_be_written(
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
     run(training(tmp_path / "out", steps=3))
+    optimiser = {"name": "muon", "rate": 0.5, "muon_rate": 1e-2, "warmup": 3}
+    other = training(tmp_path / "out", batch=6, optimiser=optimiser)
     with pytest.raises(InputError, match=r"batch is 6, was 10; optimiser.rate is 0.5, was 0.01"):
-        other = training(tmp_path / "out", batch=6, optimiser={"name": "muon", "rate": 0.5,
-                         "muon_rate": 1e-2, "warmup": 3})  # fmt: skip
         run(other, resume=True)
     with pytest.raises(InputError, match="is there already: go on with --resume"):
         run(training(tmp_path / "out"))
