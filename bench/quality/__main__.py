@@ -30,13 +30,14 @@ from typing import Any
 import torch
 
 from bench import measure
+from bench.quality import autoencoder, figures, measures, page
 from bench.quality import cases as sets
-from bench.quality import figures, measures, page
 from bench.quality.cases import Case
 from bench.quality.engines import ENGINES, Bench, Engine
 from bench.quality.figures import Key
-from bench.quality.judging import judge
+from bench.quality.judging import judge, style_judge
 from diffedit import Editor
+from diffedit.training import card
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -78,6 +79,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for records and pictures")
     parser.add_argument("--model", default="tiny", help="a name, folder or file; default: tiny")
     parser.add_argument("--lora", type=Path, help="LoRA weights to put onto the model")
+    parser.add_argument("--few", type=Path, help="a distillation's result, to be held against it")
     parser.add_argument("--limit", type=int, help="this many cases, balanced over categories")
     parser.add_argument("--engines", help=f"some of: {'; '.join(ENGINES)} (by semicolons)")
     parser.add_argument("--steps", type=int, default=20)
@@ -102,7 +104,11 @@ def _bench(options: argparse.Namespace) -> Bench:
     if options.lora is not None:
         editor.model.pipe.load_lora_weights(str(options.lora))  # type: ignore[attr-defined, unused-ignore]
     return Bench(
-        editor, steps=options.steps, guidance=options.guidance, scheduler=options.scheduler
+        editor,
+        steps=options.steps,
+        guidance=options.guidance,
+        scheduler=options.scheduler,
+        few=options.few,
     )
 
 
@@ -111,22 +117,42 @@ def _about(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     machine = measure.machine("float32")
     return {
         "commit": measure.commit(),
+        "sources": _sources(),
         "date": measure.today(),
         "model": options.model,
         "digest": _digest(bench),
         "lora": None if options.lora is None else options.lora.name,
+        "few": None if bench.few is None else bench.few.name,
         "native": bench.native,
         "feather": bench.feather,
         "steps": bench.steps,
         "guidance": bench.guidance,
         "scheduler": bench.scheduler or type(bench.parts.scheduler).__name__,
         "seed": sets.SEED,
+        "styles judged": style_judge() is not None,
         "set": sets.digest(sets.cases()),
         "limit": options.limit,
         "workers": options.workers,
         "features": measures.FEATURES,
         **{k: machine[k] for k in ("cpu", "cores", "torch", "diffusers", "python")},
     }
+
+
+_MAKES = (
+    *("diffedit/*.py", "diffedit/images/*.py", "diffedit/models/*.py", "plugins/**/*.py"),
+    *("diffedit/training/world/*.py", "diffedit/training/hints.py", "diffedit/training/judges.py"),
+    *("diffedit/training/styles.*", "bench/quality/*.py"),
+)
+"""What can change a picture or what is said of it."""
+
+
+def _sources() -> str:
+    """A name for the code that makes and judges pictures: any change of it changes it."""
+    said = hashlib.sha256()
+    for path in sorted({path for pattern in _MAKES for path in ROOT.glob(pattern)}):
+        said.update(path.relative_to(ROOT).as_posix().encode())
+        said.update(path.read_bytes())
+    return said.hexdigest()[:12]
 
 
 def _digest(bench: Bench) -> str:
@@ -140,7 +166,9 @@ def _digest(bench: Bench) -> str:
 
 
 #: What has to be the same for records of two runs to stand side by side.
-_DECIDES = ("commit", "digest", "lora", "steps", "guidance", "scheduler", "set", "native")
+_DECIDES = (
+    *("sources", "digest", "lora", "few", "steps", "guidance", "scheduler", "set", "native"),
+)
 
 
 def _same_run(path: Path, about: Mapping[str, Any], fresh: bool) -> None:
@@ -188,6 +216,7 @@ def _said(options: argparse.Namespace) -> list[str]:
         "out",
         "model",
         "lora",
+        "few",
         "limit",
         "engines",
         "steps",
@@ -270,6 +299,7 @@ def _results(
     ids = {case.id for case in found}
     kept = {key: record for key, record in records.items() if key[0] in ids}
     rows = [
+        *autoencoder.rows(bench.parts.vae, bench.native, options.limit),
         *figures.rows(found, kept),
         *figures.distribution(found, kept, bench.native),
         figures.repeated(kept),
@@ -326,15 +356,9 @@ def _write(
 
 def put_into_card(folder: Path, results: Mapping[str, Any]) -> None:
     """Write the card of the model in `folder` anew, with these figures in it."""
-    from diffedit.training.report import write
-
-    path = folder / "figures.json"
-    told = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    for old in ("engines", "img2img", "style", "generation", "inpainting_drawn"):
-        told.pop(old, None)
-    told.pop("inpainting_photos", None)
-    keep = ("about", "gates", "rows")
-    write(folder, told | {"benchmark": {key: results[key] for key in keep}})
+    keep = ("about", "gates", "rows", "declined")
+    told = {"training": card.read(folder).get("training", [])}
+    card.write(folder, told | {"benchmark": {key: results[key] for key in keep}})
 
 
 def _json(value: Any) -> str:

@@ -280,7 +280,14 @@ def _photo_group(name: str) -> str:
 
 
 def _nothing(rng: np.random.Generator) -> list[Case]:
-    return [*_single(rng), *_two(rng), *_objects(rng), *_styles(rng), *_views(rng)]
+    return [
+        *_single(rng),
+        *_two(rng),
+        *_objects(rng),
+        *_styles(rng),
+        *_views(rng),
+        *_styled_views(rng),
+    ]
 
 
 def _single(rng: np.random.Generator) -> list[Case]:
@@ -348,8 +355,7 @@ def _styles(rng: np.random.Generator) -> list[Case]:
     for number, (colour, noun) in enumerate(_pairs_of(rng, 24, SHAPES)):
         style = STYLES[1:][number % (len(STYLES) - 1)]
         behind = _background(rng, [colour])
-        words = f"{noun}" if style == "sepia" else f"{colour} {noun}"
-        prompt = article(f"{style} {words}")
+        prompt = _styled(style, article(f"{colour} {noun}"))
         if style not in ("sepia", "neon"):
             prompt = f"{prompt} on {article(behind.words)}"
         answer = _scene(behind, _thing(rng, colour, noun, 0.5, 0.5, 0.3), style=style)
@@ -357,31 +363,96 @@ def _styles(rng: np.random.Generator) -> list[Case]:
     return made
 
 
-_GROUNDS: dict[str, tuple[str, tuple[int, int, int]]] = {
-    "a landscape with {}": ("green", (84, 168, 62)),
-    "{} in winter": ("white", (232, 236, 244)),
-    "{} on a brown table": ("brown", PALETTE["brown"]),
-}
+@dataclass(frozen=True, slots=True)
+class View:
+    """Where drawn things stand: a landscape or a table, and the words for it.
+
+    Attributes:
+        words: the prompt, with a place for what stands there.
+        noun: what stage the things stand on.
+        ground: its colour's name, `rgb` the colour itself.
+        behind: the background's kind and two colours.
+        nouns: what may stand there.
+    """
+
+    words: str
+    noun: str
+    ground: str
+    rgb: tuple[int, int, int]
+    behind: tuple[str, str, str]
+    nouns: tuple[str, ...]
+
+    @property
+    def outside(self) -> bool:
+        return self.noun == "ground"
+
+    @property
+    def colours(self) -> list[str]:
+        """Colours that a thing is told from this view by."""
+        return [c for c in COLOURS if c not in (self.ground, *self.behind[1:])]
+
+    def scene(self, seed: int, *things: Thing, style: str = "flat") -> Scene:
+        stage = Stage(self.noun, self.rgb, 0.58, 0.02 if self.outside else 0.0)
+        return Scene(Background(*self.behind, seed), things, style, None, "", stage=(stage,))
+
+    def thing(self, colour: str, noun: str, x: float = 0.5, radius: float = 0.22) -> Thing:
+        return Thing(noun, colour, PALETTE[colour], "plain", x, 0.72 - radius, radius)
+
+    def said(self, *things: str) -> str:
+        return self.words.format(" and ".join(article(one) for one in things))
+
+
+_OUTSIDE, _INSIDE = ("house", "tree", "car"), ("apple", "pear", "cup")
+
+VIEWS = (
+    View("a landscape with {}", "ground", "green", (84, 168, 62),
+         ("sky", "cyan", "white"), _OUTSIDE),
+    View("{} in winter", "ground", "white", (232, 236, 244), ("sky", "cyan", "white"), _OUTSIDE),
+    View("{} on a brown table", "table", "brown", PALETTE["brown"],
+         ("plain", "yellow", "yellow"), _INSIDE),
+)  # fmt: skip
+
+
+def _view(
+    rng: np.random.Generator, number: int, count: int = 1
+) -> tuple[View, list[tuple[str, str]], str]:
+    """A view, `count` pairs of colour and noun that all differ, and a colour of none of them."""
+    view = VIEWS[number % len(VIEWS)]
+    colours = [str(c) for c in rng.permutation(view.colours)]
+    nouns = [str(n) for n in rng.permutation(view.nouns)]
+    others = [c for c in colours[count:] if c not in ("black", "brown", "gray", "green")]
+    return view, list(zip(colours[:count], nouns, strict=False)), others[0]
 
 
 def _views(rng: np.random.Generator) -> list[Case]:
     """A thing in a landscape or on a table."""
     made = []
     for number in range(24):
-        words, (ground, rgb) = list(_GROUNDS.items())[number % len(_GROUNDS)]
-        outside = "table" not in words
-        noun = _pick(rng, ("house", "tree", "car") if outside else ("apple", "pear", "cup"))
-        sky = ("cyan", "white") if outside else ("yellow", "yellow")
-        colour = _pick(rng, COLOURS, [ground, *sky])
-        other = _pick(rng, COLOURS, [ground, *sky, colour, "black", "brown", "gray", "green"])
-        radius = 0.22
-        thing = replace(_thing(rng, colour, noun, 0.5, 0.72 - radius, radius), layer=2)
-        behind = Background("sky" if outside else "plain", *sky, number)
-        stage = (Stage("ground" if outside else "table", rgb, 0.58, 0.02 if outside else 0.0),)
-        answer = Scene(behind, (thing,), "flat", None, "", stage=stage)
-        prompt = words.format(article(f"{colour} {noun}"))
+        view, [(colour, noun)], other = _view(rng, number)
+        answer = view.scene(number, view.thing(colour, noun))
         wanted = (Wanted(colour, noun, other),)
-        made.append(_case("a view", prompt, wanted=wanted, ground=ground, answer=answer))
+        made.append(_case("a view", view.said(f"{colour} {noun}"), wanted=wanted,
+                          ground=view.ground, answer=answer))  # fmt: skip
+    return made
+
+
+def _styled(style: str, prompt: str) -> str:
+    """A prompt that asks for a style, as the drawn world's captions do; sepia names no colours."""
+    words = [w for w in prompt.split() if w not in PALETTE] if style == "sepia" else prompt.split()
+    bare = " ".join(words[1:] if words[0] in ("a", "an") else words)
+    bare = re.sub(r"\ban? (\w)", lambda m: article(m[1]), bare)
+    return article(f"{style} {bare}")
+
+
+def _styled_views(rng: np.random.Generator) -> list[Case]:
+    """A thing in a landscape or on a table, in a style that the prompt names."""
+    made = []
+    for number in range(18):
+        style = STYLES[1:][number % (len(STYLES) - 1)]
+        view, [(colour, noun)], _ = _view(rng, number // (len(STYLES) - 1))
+        answer = view.scene(number, view.thing(colour, noun), style=style)
+        prompt = _styled(style, view.said(f"{colour} {noun}"))
+        made.append(_case("a style", prompt, style=style, answer=answer))
     return made
 
 
@@ -408,6 +479,18 @@ def _replace(rng: np.random.Generator) -> list[Case]:
                 wanted=(Wanted(colour, noun, other, 0),),
             )
         )
+    for number in range(24):
+        view, [(old, was), (colour, noun)], other = _view(rng, number, 2)
+        x = float(rng.uniform(0.32, 0.68))
+        made.append(
+            _case(
+                "in a view",
+                view.said(f"{colour} {noun}"),
+                source=Source(view.scene(number, view.thing(old, was, x))),
+                places=(Place("disc" if number % 2 else "square", x, 0.5, 0.28),),
+                wanted=(Wanted(colour, noun, other, 0),),
+            )
+        )
     return made
 
 
@@ -428,6 +511,19 @@ def _remove(rng: np.random.Generator) -> list[Case]:
                 answer=_scene(behind),
             )
         )
+    for number in range(18):
+        view, [(colour, noun), (colour2, noun2)], _ = _view(rng, number, 2)
+        left, right = view.thing(colour, noun, 0.27), view.thing(colour2, noun2, 0.73)
+        made.append(
+            _case(
+                "in a view",
+                view.said(right.words),
+                source=Source(view.scene(number, left, right)),
+                places=(Place("thing", half=0.04),),
+                cleared=0,
+                answer=view.scene(number, right),
+            )
+        )
     return made
 
 
@@ -443,6 +539,18 @@ def _add(rng: np.random.Generator) -> list[Case]:
                 article(f"{colour} {noun}"),
                 source=Source(_scene(behind)),
                 places=(_masks(rng, number, 0.225, 0.375),),
+                wanted=(Wanted(colour, noun, other, 0),),
+            )
+        )
+    for number in range(24):
+        view, [(colour, noun), (there, noun2)], other = _view(rng, number, 2)
+        there_is = view.thing(there, noun2, 0.25, 0.19)
+        made.append(
+            _case(
+                "in a view",
+                view.said(there_is.words, f"{colour} {noun}"),
+                source=Source(view.scene(number, there_is)),
+                places=(Place("disc" if number % 2 else "square", 0.72, 0.52, 0.25),),
                 wanted=(Wanted(colour, noun, other, 0),),
             )
         )
@@ -481,6 +589,19 @@ def _recolour(rng: np.random.Generator) -> list[Case]:
                 answer=_scene(behind, _thing(rng, colour, noun, x, y, radius)),
             )
         )
+    for number in range(24):
+        view, [(old, noun), (colour, _)], other = _view(rng, number, 2)
+        x, radius = float(rng.uniform(0.35, 0.65)), 0.26
+        made.append(
+            _case(
+                "in a view",
+                view.said(f"{colour} {noun}"),
+                source=Source(view.scene(number, view.thing(old, noun, x, radius))),
+                places=(Place("thing", half=0.01),),
+                wanted=(Wanted(colour, noun, other, 0),),
+                answer=view.scene(number, view.thing(colour, noun, x, radius)),
+            )
+        )
     return made
 
 
@@ -512,8 +633,7 @@ def _restyle(rng: np.random.Generator) -> list[Case]:
         style = STYLES[1:][number % (len(STYLES) - 1)]
         behind = _background(rng, [colour])
         thing = _thing(rng, colour, noun, 0.5, 0.5, 0.3)
-        words = f"{noun}" if style == "sepia" else f"{colour} {noun}"
-        prompt = article(f"{style} {words}")
+        prompt = _styled(style, article(f"{colour} {noun}"))
         if style not in ("sepia", "neon"):
             prompt = f"{prompt} on {article(behind.words)}"
         made.append(
@@ -524,6 +644,20 @@ def _restyle(rng: np.random.Generator) -> list[Case]:
                 style=style,
                 strength=0.8,
                 answer=_scene(behind, thing, style=style),
+            )
+        )
+    for number in range(18):
+        style = STYLES[1:][number % (len(STYLES) - 1)]
+        view, [(colour, noun)], _ = _view(rng, number // (len(STYLES) - 1))
+        thing = view.thing(colour, noun)
+        made.append(
+            _case(
+                "by a word, a view",
+                _styled(style, view.said(thing.words)),
+                source=Source(view.scene(number, thing)),
+                style=style,
+                strength=0.8,
+                answer=view.scene(number, thing, style=style),
             )
         )
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -13,11 +14,11 @@ from PIL import Image
 
 from bench import models
 from bench.quality import pictures
+from bench.quality.autoencoder import reconstruct
 from bench.quality.cases import Case
 from diffedit import Edit, Editor, Pass
 from diffedit.models import loading
 from diffedit.schedulers import build
-from diffedit.training.evaluate import reconstruct
 from diffedit.training.judges import Mask
 from diffedit.training.world.backdrops import Pixels
 from diffedit_controlnet import ControlNet
@@ -32,7 +33,7 @@ MARGIN = 32
 class Engine(Protocol):
     """Makes the picture that a case asks for."""
 
-    name: str
+    name: ClassVar[str]
 
     def declines(self, case: Case) -> str:
         """Why it does not take this case; empty: it does."""
@@ -51,6 +52,7 @@ class Bench:
         steps, guidance: of the sampling.
         scheduler: a scheduler's name; None: the model's own.
         native: the side that the model was made for, in pixels.
+        few: the folder of a distillation's result, for the engine that samples in a few steps.
         feather: pixels over which diffedit's masks fade: 8 (its default) at 256 px, and in
             proportion.
     """
@@ -62,8 +64,10 @@ class Bench:
         steps: int = 20,
         guidance: float = 5.0,
         scheduler: str | None = None,
+        few: Path | None = None,
     ) -> None:
         self.editor, self.steps, self.guidance, self.scheduler = editor, steps, guidance, scheduler
+        self.few = few
         self.native = editor.model.sides[0]
         self.feather = max(1, self.native // 32)
         self.source = str(editor.model.info["source"])
@@ -180,6 +184,45 @@ class Again(Ours):
 
     def declines(self, case: Case) -> str:
         return "not asked" if case.lot // 2 % 12 else super().declines(case)
+
+
+class Few(Ours):
+    """diffedit on the model distilled to a few steps, on what has to keep its quality.
+
+    The folder is what `train: distill` writes: a LoRA, and how many steps it is made for.
+    """
+
+    name: ClassVar[str] = "diffedit, few steps"
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__(bench)
+        self.whole, self.made = bench, False
+
+    def declines(self, case: Case) -> str:
+        if self.whole.few is None or case.category == "chain":
+            return "not asked"
+        return super().declines(case)
+
+    def make(self, case: Case) -> Pixels:
+        if not self.made:
+            self.bench, self.made = self._distilled(), True
+        return super().make(case)
+
+    def _distilled(self) -> Bench:
+        whole, few = self.whole, self.whole.few
+        assert few is not None
+        told = json.loads((few / "diffedit.json").read_text("utf-8"))
+        editor = Editor.load(whole.source, device="cpu", dtype="float32")
+        pipe = editor.model.pipe  # type: ignore[attr-defined, unused-ignore]
+        pipe.load_lora_weights(str(few))
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+        return Bench(
+            editor,
+            steps=int(told["steps"]),
+            guidance=float(told["guidance"]),
+            scheduler=told.get("scheduler", "lcm"),
+        )
 
 
 class Theirs:
@@ -307,6 +350,7 @@ ENGINES: dict[str, Callable[[Bench], Engine]] = {
     TheirsCropped.name: TheirsCropped,
     Without.name: Without,
     Again.name: Again,
+    Few.name: Few,
     Answer.name: Answer,
     Untouched.name: Untouched,
 }

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bench.quality import intervals, measures, pictures
-from bench.quality.cases import CATEGORIES, Case
+from bench.quality.cases import CATEGORIES, HINTS, Case
 from bench.quality.intervals import Estimate
 from diffedit.training.world.forms import SHAPES
 from diffedit.training.world.scenes import STYLES
@@ -75,7 +75,7 @@ def _rows(
         if (chance := _chance(measure, part)) is not None:
             row["chance"] = round(chance, 3)
         row["engines"] = {
-            engine: _listed(estimate(list(got.values()))) for engine, got in by_engine.items()
+            engine: estimate(list(got.values())).listed() for engine, got in by_engine.items()
         }
         for peer in ("diffusers", "diffusers, crop"):
             if {"diffedit", peer} <= by_engine.keys():
@@ -83,7 +83,7 @@ def _rows(
                 both = [i for i in ours if i in theirs]
                 if both:
                     gap = intervals.difference([ours[i] for i in both], [theirs[i] for i in both])
-                    row.setdefault("ours minus theirs", {})[peer] = _listed(gap)
+                    row.setdefault("ours minus theirs", {})[peer] = gap.listed()
         made.append(row)
     return made
 
@@ -95,16 +95,15 @@ def estimate(values: Sequence[Any]) -> Estimate:
     return intervals.mean([float(value) for value in values])
 
 
-def _listed(one: Estimate) -> list[float | int | None]:
-    shown = [None if math.isnan(v) else round(float(v), 4) for v in one[:3]]
-    return [*shown, one.n]
-
-
 def _chance(measure: str, part: Sequence[Case]) -> float | None:
     """What a picture gets that has nothing to do with what is asked."""
     if measure == "shape" and part and part[0].wanted:
         each = [
-            math.prod(1 / len(SHAPES if w.noun in SHAPES else OBJECTS) for w in case.wanted)
+            math.prod(
+                1 / len(SHAPES if one.noun in SHAPES else OBJECTS)
+                for number, one in enumerate(case.wanted)
+                if number not in pictures.hidden(case, 128)
+            )
             for case in part
             if case.wanted
         ]
@@ -137,9 +136,8 @@ def distribution(
     row["engines"] = {}
     for engine in engines:
         made = np.stack([np.array(records[c.id, engine]["features"]) for c in shared])
-        row["engines"][engine] = _listed(
-            intervals.jackknife(made, lambda some: measures.frechet(some, true))
-        )
+        far = intervals.jackknife(made, lambda some: measures.frechet(some, true))
+        row["engines"][engine] = far.listed()
     return [row]
 
 
@@ -154,7 +152,7 @@ def repeated(records: Mapping[Key, Record]) -> dict[str, Any]:
         "category": "all",
         "group": "",
         "measure": "same bytes again",
-        "engines": {"diffedit": _listed(intervals.rate(same))},
+        "engines": {"diffedit": intervals.rate(same).listed()},
     }
 
 
@@ -189,7 +187,20 @@ def _at_least(category: str, group: str, measure: str, least: float) -> Callable
     return gate
 
 
+def _decibels(group: str, least: float) -> Callable[[Figures], Any]:
+    def gate(found: Figures) -> tuple[Any, str, bool]:
+        row = next(
+            (r for r in found if r["category"] == "autoencoder" and group in r["group"]), None
+        )
+        got = None if row is None else row["engines"]["diffedit"]
+        return got, f"≥ {least:g} dB", got is not None and got[0] >= least
+
+    return gate
+
+
 GATES: dict[str, Callable[[Figures], Any]] = {
+    "autoencoder: held-out scenes": _decibels("scenes", 28),
+    "autoencoder: held-out photographs": _decibels("photographs", 22),
     "the asked colour in the mask": _at_least(IN_A_MASK, "", "colour", 0.95),
     "the asked shape in the mask": _at_least(IN_A_MASK, "", "shape", 0.85),
     "one object from nothing: shape": _at_least("nothing", "one object", "shape", 0.95),
@@ -210,8 +221,9 @@ def gates(found: Figures) -> list[dict[str, Any]]:
         got, target, reached = gate(found)
         verdict = "not measured" if not got else "reached" if reached else "not reached"
         made.append({"gate": name, "figure": got, "target": target, "verdict": verdict})
-    for hint in ("canny", "depth", "segments"):
+    for hint in HINTS:
         made += _control_gates(found, hint)
+    made += _few_gates(found)
     made += _against(found)
     return made
 
@@ -240,6 +252,33 @@ def _control_gates(found: Figures, hint: str) -> list[dict[str, Any]]:
         }
         for name, target, ok in made
     ]
+
+
+def _few_gates(found: Figures) -> list[dict[str, Any]]:
+    """A few steps: at least nine tenths of what many give, wherever there is a gate."""
+    made = []
+    for category, group, measure in (
+        (IN_A_MASK, "", "colour"),
+        (IN_A_MASK, "", "shape"),
+        ("nothing", "one object", "shape"),
+        ("nothing", "two objects", "colour"),
+        ("nothing", "two objects", "shape"),
+        ("nothing", "two objects", "relation"),
+        ("nothing", "a style", "style"),
+    ):
+        engines = (_row(found, category, group, measure) or {"engines": {}})["engines"]
+        many, few = (engines.get(name) for name in ("diffedit", "diffedit, few steps"))
+        if not many or not few:
+            continue
+        made.append(
+            {
+                "gate": f"in a few steps, {group or category}: {measure}",
+                "figure": few,
+                "target": f"≥ 0.9 of {many[0]:.2f}",
+                "verdict": "reached" if few[0] >= 0.9 * many[0] else "not reached",
+            }
+        )
+    return made
 
 
 def _against(found: Figures) -> list[dict[str, Any]]:

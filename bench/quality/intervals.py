@@ -23,6 +23,11 @@ class Estimate(NamedTuple):
     high: float
     n: int
 
+    def listed(self) -> list[float | int | None]:
+        """Value, bounds and count as JSON has them: four places, None for what is not known."""
+        shown = [None if math.isnan(v) else round(float(v), 4) for v in self[:3]]
+        return [*shown, self.n]
+
     def __str__(self) -> str:
         digits = 2 if abs(self.value) < 10 else 1
         low, high = (f"{v:.{digits}f}" for v in (self.low, self.high))

@@ -14,8 +14,18 @@ from skimage.color import rgb2lab
 
 from bench.quality import measures, pictures
 from bench.quality.cases import Case, Wanted
-from diffedit.training.evaluate import FRAME_SHARE, MASK_SHARE, border_colour
-from diffedit.training.judges import Mask, colour_map, is_noun, judge_pair, largest_piece
+from diffedit.training.judges import (
+    FRAME_SHARE,
+    MASK_SHARE,
+    Mask,
+    border_colour,
+    colour_map,
+    colour_share,
+    commonest,
+    is_noun,
+    judge_pair,
+    largest_piece,
+)
 from diffedit.training.world.backdrops import Pixels
 from diffedit.training.world.forms import SHAPES
 from diffedit.training.world.paint import render
@@ -28,6 +38,9 @@ CLOSE = 30.0
 
 CLEARED = 0.8
 """The share of a mask that has to be so, for the object to be gone."""
+
+RECOLOURED = 0.6
+"""How much of what the right picture shows of the new colour has to have it."""
 
 
 def judge(case: Case, picture: Pixels, native: int, feather: int) -> Values:
@@ -48,7 +61,7 @@ def judge(case: Case, picture: Pixels, native: int, feather: int) -> Values:
         values["background"] = border_colour(picture) == case.background
     if case.ground is not None:
         bottom = picture[-max(4, len(picture) // 12) :]
-        values["ground"] = _commonest(bottom) == case.ground
+        values["ground"] = commonest(colour_map(bottom).ravel()) == case.ground
     if case.cleared is not None:
         values["removed"] = _cleared(case, picture, native)
     if case.style is not None and (known := style_judge()) is not None:
@@ -91,6 +104,9 @@ def _pair(case: Case, picture: Pixels) -> Values:
 def _objects(case: Case, picture: Pixels, native: int) -> Values:
     """Every wanted object: its colour and its shape, and the same of what nobody asked for."""
     found = colour_map(picture)
+    if case.look is not None:
+        # A reference's colours may take the place of the asked one: any colour will do.
+        return {"shape": _any_colour(found, case.wanted[0].noun)}
     rows = []
     for one in case.wanted:
         if one.place is None:
@@ -98,19 +114,22 @@ def _objects(case: Case, picture: Pixels, native: int) -> Values:
         else:
             region, least = pictures.mask(case, one.place, native), MASK_SHARE
         if case.category == "recolour":
-            # The whole object is to have the new colour, not a tenth of it.
-            least = 0.5
+            # The object is to have the new colour where it had the old, not on a tenth of it.
+            drawn = pictures.answer(case, native)
+            assert drawn is not None
+            least = RECOLOURED * colour_share(drawn, one.colour, region)
         rows.append(_object(one, found, region, least))
-    values: Values = {key: all(row[key] for row in rows) for key in ("colour", "shape")}
-    values["unasked shape"] = any(row["unasked shape"] for row in rows)
+    values: Values = {"colour": all(row["colour"] for row in rows)}
+    # What something stands before shows but a part of its shape.
+    hidden = pictures.hidden(case, native)
+    whole = [row for number, row in enumerate(rows) if number not in hidden]
+    values["shape"] = all(row["shape"] for row in whole)
+    values["unasked shape"] = any(row["unasked shape"] for row in whole)
     if case.wanted[0].other:
         values["unasked colour"] = any(row["unasked colour"] for row in rows)
-    if case.look is not None:
-        # A reference's colours may take the place of the asked one: any colour will do.
-        values["shape"] = _any_colour(found, case.wanted[0].noun)
-        values = {"shape": values["shape"]}
-    if (own := pictures.outline(case, native)) is not None:
-        piece = largest_piece(found == COLOURS.index(case.wanted[0].colour))
+    if (outline := pictures.outline(case, native)) is not None:
+        number, own = outline
+        piece = largest_piece(found == COLOURS.index(case.wanted[number].colour))
         values["outline overlap"] = float((piece & own).sum() / max(1, (piece | own).sum()))
     return values
 
@@ -140,12 +159,6 @@ def _any_colour(found: np.ndarray[Any, Any], noun: str) -> bool:
         if 0.02 < piece.mean() < 0.6 and is_noun(piece, noun, colour):
             return True
     return False
-
-
-def _commonest(part: Pixels) -> str:
-    found = colour_map(part)
-    found = found[found >= 0]
-    return COLOURS[int(np.bincount(found).argmax())] if len(found) else ""
 
 
 def _cleared(case: Case, picture: Pixels, native: int) -> bool:

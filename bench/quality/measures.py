@@ -70,7 +70,7 @@ def seam_energy(before: Pixels, after: Pixels, mask: Mask, feather: int) -> tupl
         Both figures; NaN where a mask leaves nothing outside.
     """
     signed = np.where(mask, 1 - distance_transform_edt(mask), distance_transform_edt(~mask))
-    made, own = rgb2lab(after), rgb2lab(before)
+    made, own = _bends(after), _bends(before)
     seam = [_across(made, signed, level + 0.5) for level in range(feather + 1)]
     rough = [_across(own, signed, feather + level + 0.5) for level in _AWAY]
     if not (there := [v for v in seam if np.isfinite(v)]):
@@ -85,15 +85,22 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(found)) if found else 0.0
 
 
-def _across(lab: Matrix, signed: Matrix, level: float) -> float:
-    """Mean difference of slope over all pairs that a contour of the signed distance parts."""
-    found = []
+def _bends(picture: Pixels) -> tuple[Matrix, Matrix]:
+    """What the slopes on either side do not explain of each step, down and across the picture."""
+    lab, found = rgb2lab(picture), []
     for axis in (0, 1):
-        x, d = np.moveaxis(lab, axis, 0), np.moveaxis(signed, axis, 0)
-        parted = (d[1:-2] < level) != (d[2:-1] < level)
-        step = x[2:-1] - x[1:-2]
-        slopes = ((x[1:-2] - x[:-3]) + (x[3:] - x[2:-1])) / 2
-        found.append(np.linalg.norm(step - slopes, axis=-1)[parted])
+        step = np.diff(np.moveaxis(lab, axis, 0), axis=0)
+        slopes = (step[:-2] + step[2:]) / 2
+        found.append(np.linalg.norm(step[1:-1] - slopes, axis=-1))
+    return found[0], found[1]
+
+
+def _across(bends: tuple[Matrix, Matrix], signed: Matrix, level: float) -> float:
+    """Mean difference of slope over all pairs that a contour of the signed distance parts."""
+    inside, found = signed < level, []
+    for axis, bend in enumerate(bends):
+        near = np.moveaxis(inside, axis, 0)
+        found.append(bend[near[1:-2] != near[2:-1]])
     every = np.concatenate(found)
     return float(every.mean()) if len(every) else float("nan")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -16,26 +17,19 @@ from bench.quality import pictures
 from bench.quality.cases import CATEGORIES, Case
 from bench.quality.figures import LOWER, Key, Record
 from bench.quality.judging import Values
+from diffedit.training.card import shown
 from diffedit.training.world.backdrops import Pixels
 
 THUMBNAIL = 96
 """Side of a picture on the page, in pixels."""
 
-SHOWN = ("diffedit", "diffusers", "diffusers, crop", "without the edit", "drawn answer", "source")
+SHOWN = (
+    *("diffedit", "diffedit, few steps", "diffusers", "diffusers, crop", "without the edit"),
+    *("drawn answer", "source"),
+)
 """Engines in the order of the tables' columns."""
 
 MARKS = "<!-- results -->", "<!-- /results -->"
-
-
-def shown(figure: Sequence[Any] | None) -> str:
-    """``0.97 (0.92–0.99)``, a dash for nothing."""
-    if not figure or figure[0] is None:
-        return "–"
-    digits = 2 if abs(figure[0]) < 10 else 1
-    value = f"{figure[0]:.{digits}f}"
-    if figure[1] is None or figure[2] is None:
-        return value
-    return f"{value} ({figure[1]:.{digits}f}–{figure[2]:.{digits}f})"
 
 
 def _opening(about: Mapping[str, Any]) -> str:
@@ -152,9 +146,14 @@ def given(case: Case, native: int) -> Pixels | None:
 def verdict(values: Values) -> bool | None:
     """Whether a picture shows all that was asked; None where nothing is asked that can be told."""
     asked = ("colour", "shape", "relation", "background", "ground", "removed", "style",
-             "depth order", "nothing outside", "closer in colour")  # fmt: skip
+             "depth order", "closer in colour")  # fmt: skip
     told = [bool(values[key]) for key in asked if key in values]
     return all(told) if told else None
+
+
+def spilled(values: Values) -> bool:
+    """Whether pixels changed that the edit was not to touch."""
+    return not values.get("nothing outside", True)
 
 
 def page(
@@ -187,11 +186,12 @@ def _cell(file: Path, record: Record | None) -> str:
     if not file.exists():
         return "<td>"
     data = base64.b64encode(file.read_bytes()).decode("ascii")
-    good = verdict(record["values"]) if record else None
-    kind = "" if good is None else "right" if good else "wrong"
-    said = ""
-    if record:
-        said = escape(", ".join(f"{k}: {_brief(v)}" for k, v in record["values"].items()))
+    values = record["values"] if record else {}
+    good = verdict(values)
+    kinds = ["" if good is None else "right" if good else "wrong"]
+    kinds += ["spilled"] if spilled(values) else []
+    said = escape(", ".join(f"{k}: {_brief(v)}" for k, v in values.items()))
+    kind = " ".join(kinds).strip()
     return f'<td class="{kind}"><img title="{said}" src="data:image/webp;base64,{data}">'
 
 
@@ -199,37 +199,62 @@ def _brief(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
+_LEGEND = (
+    "frame: green: all that was asked, red: not; purple corner: pixels changed outside the mask"
+)
+
+
 def grid(
     found: Sequence[Case], records: Mapping[Key, Record], thumbs: Path, each: int = 8
 ) -> Image.Image:
     """The first pictures of every category side by side: given, diffedit, diffusers, both ways."""
     engines = ("given", "diffedit", "diffusers", "diffusers, crop", "without the edit")
-    cell, head = THUMBNAIL + 4, 16
-    lines: list[tuple[str, list[Case]]] = []
+    cell, head, left = THUMBNAIL + 4, 28, 100
+    blocks: list[tuple[str, list[Case], list[str]]] = []
     for category in CATEGORIES:
         part = [c for c in found if c.category == category and (c.id, "diffedit") in records][:each]
         there = [e for e in engines if any((thumbs / f"{c.id}-{e}.webp").exists() for c in part)]
-        lines += [(engine, part) for engine in there]
-    sheet = Image.new("RGB", (90 + each * cell, max(1, len(lines)) * (cell + head)), "white")
+        if part:
+            blocks.append((category, part, there))
+    height = 20 + sum(head + cell * len(there) for _, _, there in blocks)
+    sheet = Image.new("RGB", (left + each * cell, height), "white")
     pen = ImageDraw.Draw(sheet)
-    last = ""
-    for row, (engine, part) in enumerate(lines):
-        y, category = row * (cell + head) + head, part[0].category
-        pen.text((2, y + cell // 3), f"{category}\n{engine}", fill="black")
+    pen.text((2, 4), _LEGEND, fill="gray")
+    y = 20
+    for category, part, there in blocks:
+        pen.text((2, y + 4), category, fill="black")
         for column, case in enumerate(part):
-            x, file = 90 + column * cell, thumbs / f"{case.id}-{engine}.webp"
-            if category != last:
-                pen.text((x, y - 13), case.prompts[-1][:16], fill="black")
-            if not file.exists():
-                continue
-            with Image.open(file) as picture:
-                sheet.paste(picture.convert("RGB"), (x, y))
-            record = records.get((case.id, engine))
-            if record and (good := verdict(record["values"])) is not None:
-                box = (x - 1, y - 1, x + THUMBNAIL, y + THUMBNAIL)
-                pen.rectangle(box, outline="green" if good else "red", width=2)
-        last = category
+            lines = "\n".join(textwrap.wrap(case.prompts[-1], 16)[:2])
+            pen.multiline_text((left + column * cell, y), lines, fill="black", spacing=1)
+        y += head
+        for engine in there:
+            pen.text((2, y + cell // 3), engine, fill="gray")
+            for column, case in enumerate(part):
+                file = thumbs / f"{case.id}-{engine}.webp"
+                if file.exists():
+                    at = left + column * cell, y
+                    _put(sheet, pen, file, at, records.get((case.id, engine)))
+            y += cell
     return sheet
+
+
+def _put(
+    sheet: Image.Image,
+    pen: ImageDraw.ImageDraw,
+    file: Path,
+    at: tuple[int, int],
+    record: Record | None,
+) -> None:
+    """A picture in its place, framed by its verdict."""
+    (x, y), end = at, THUMBNAIL
+    with Image.open(file) as picture:
+        sheet.paste(picture.convert("RGB"), at)
+    if record is None:
+        return
+    if (good := verdict(record["values"])) is not None:
+        pen.rectangle((x - 1, y - 1, x + end, y + end), outline="green" if good else "red", width=2)
+    if spilled(record["values"]):
+        pen.polygon([(x + end, y), (x + end - 14, y), (x + end, y + 14)], fill=(170, 0, 200))
 
 
 _HEAD = """<!doctype html><meta charset="utf-8"><title>Edits, judged</title>
@@ -240,7 +265,9 @@ td { padding: 2px; vertical-align: top; max-width: 16em }
 th { text-align: left; font-weight: normal; color: #666 }
 img { display: block; width: 96px; height: 96px; border: 3px solid #ddd }
 .right img { border-color: #2a9d4a } .wrong img { border-color: #d33 }
+.spilled img { border-top-color: #a0c; border-style: solid dashed solid dashed }
 small { display: block; color: #888 }
 </style>
-<p>Green: shows all that was asked; red: does not. Point at a picture to see its measures.</p>
+<p>Green: shows all that was asked; red: does not; purple and dashed: pixels changed outside the
+mask. Point at a picture to see its measures.</p>
 """

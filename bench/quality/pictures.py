@@ -25,7 +25,7 @@ def source(case: Case, native: int) -> Pixels:
     given, side = case.source, side_of(case, native)
     if given is None:
         return np.full((side, side, 3), 128, np.uint8)
-    return render(given.scene, side).image if given.scene else _photograph(given, side)
+    return render(given.scene, side).image if given.scene else photograph(given, side)
 
 
 def side_of(case: Case, native: int) -> int:
@@ -33,7 +33,8 @@ def side_of(case: Case, native: int) -> int:
     return round(case.scale * native / 64) * 64 or 64
 
 
-def _photograph(given: Source, side: int) -> Pixels:
+def photograph(given: Source, side: int) -> Pixels:
+    """A square crop of a photograph, (side, side, 3) uint8."""
     picture = whole(given.photo)
     height, width, _ = picture.shape
     left, top, share = given.crop
@@ -70,14 +71,28 @@ def _mask(case: Case, place: Place, side: int) -> Mask:
     return np.asarray(distance_transform_edt(~inside) <= place.half * side)
 
 
-def outline(case: Case, native: int) -> Mask | None:
-    """The edited object's own outline, where the mask was made from it: (side, side) bool."""
+def outline(case: Case, native: int) -> tuple[int, Mask] | None:
+    """Where exactly an object is to stand, where that is known: its number and (side, side) bool.
+
+    It is known where the mask was made from the object itself, and under a hint, of the object
+    that stands before all others.
+    """
+    side = side_of(case, native)
+    if case.hint is not None and case.answer is not None:
+        number = len(case.answer.things) - 1
+        return number, np.asarray(_alone(case.answer.things[number], side) > 0.5)
     if not case.places or case.places[0].form != "thing":
         return None
     assert case.source is not None
     assert case.source.scene is not None
-    side = side_of(case, native)
-    return np.asarray(_alone(case.source.scene.things[case.places[0].thing], side) > 0.5)
+    return 0, np.asarray(_alone(case.source.scene.things[case.places[0].thing], side) > 0.5)
+
+
+def hidden(case: Case, native: int) -> set[int]:
+    """The numbers of the wanted objects of which another one is to cover a part."""
+    if case.hint is None or case.answer is None:
+        return set()
+    return {back for back, _, _ in overlaps(case.answer, side_of(case, native))}
 
 
 def changed(case: Case, native: int) -> Mask:
@@ -126,7 +141,7 @@ def look(number: int, side: int) -> Pixels:
         return render(Scene(Background(kind, one, two, number), (), style, None, ""), side).image
     name = ("chelsea", "coffee")[number - len(drawn)]
     assert name in KEPT_FOR_JUDGING
-    return _photograph(Source(photo=name, crop=(0.0, 0.0, 1.0)), side)
+    return photograph(Source(photo=name, crop=(0.0, 0.0, 1.0)), side)
 
 
 def answer(case: Case, native: int) -> Pixels | None:

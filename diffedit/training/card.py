@@ -1,12 +1,32 @@
-"""The model card, made from the figures: whoever changes the model measures it anew."""
+"""The model card: what a model's folder holds, what it was made by, and what was measured of it.
+
+``python -m diffedit.training.card FOLDER`` writes ``README.md`` anew from the folder's own settings
+and its ``figures.json``, into which ``python -m bench.quality --card`` puts what it measured.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import argparse
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
 
+import torch
+from safetensors import safe_open
+
+from diffedit.errors import InputError
+from diffedit.models.loading import sizes
+from diffedit.training.config import KINDS
+from diffedit.training.world.backdrops import KEPT_FOR_JUDGING
 from diffedit.training.world.forms import SHAPES
-from diffedit.training.world.things import COLOURS
+from diffedit.training.world.scenes import RELATIONS, STYLES
+from diffedit.training.world.things import COLOURS, NOUNS
+
+Figures: TypeAlias = Mapping[str, Any]
+"""``benchmark``: about, gates, rows, declined; ``training``: a list of what `history` returns."""
 
 _TEMPLATE = """\
 ---
@@ -20,228 +40,375 @@ pipeline_tag: text-to-image
 A small latent-diffusion model of a drawn world, which lets diffedit edit pictures offline on two
 CPU cores. It is an ordinary Stable Diffusion folder: `StableDiffusionPipeline.from_pretrained`
 loads it. The weights' licence is Apache-2.0. **This card is generated** by
-`python -m diffedit.training.report`; its figures are in `figures.json`.
+`python -m diffedit.training.card` from the folder's settings and `figures.json`.
 
-It knows {n_colours} colours ({colours}) and {n_shapes} shapes ({shapes}). Prompts that work are
-like "a red circle" or "a blue star on a yellow background". It knows few other words: an unknown
-one falls into byte pieces of which the model has learnt nothing.
+{words}
 
 ## What is inside
 
 | part | what | parameters |
 |---|---|---|
-| `vae` | `AutoencoderKL`, f = 8, 4 channels, widths (32, 64, 96, 96); mean 0 and standard \
-deviation 1 are folded in, so `scaling_factor` is 1 | 2.3 M |
-| `text_encoder`, `tokenizer` | `CLIPTextModel`, hidden size 128, 3 layers; a CLIP tokenizer whose \
-vocabulary is the captions' words, 32 tokens | 0.7 M |
-| `unet` | `UNet2DConditionModel` (64, 128, 192), cross-attention at every level | 11.2 M |
-| `scheduler` | DDIM, v-prediction, zero terminal SNR, trailing spacing | |
+{parts}
 
-Native size: 128 px (16 × 16 latent cells). Weights are fp16 safetensors, each file under 16 MB.
-
-## Measured quality
-
+{sizes}
 {quality}
-
-{reading}{by_shape}
-
 ## Data
 
-Scenes drawn by `diffedit/training/scenes.py`, seed 0: one object (now and then two, with a
-relation) on a plain, gradient, striped, checkered or dotted background, on a photograph's crop, or
-on noise with a photograph's statistics. The photographs are those in scikit-image's wheel,
-**except** `astronaut`, `chelsea`, `coffee` and `rocket`: these four are kept for judging, and no
-part of the model was trained on them. Captions are made with the scene, in several wordings; no
-other text or picture was used.
-
-## Recipe
-
-`python -m diffedit.training.embedded --out DIR` makes the model again (seed 0; `--resume`,
-`--max-minutes`, `--device`). Batches of 32, bf16 autocast; Muon (2e-3) for matrices and kernels,
-AdamW for the rest; warm-up, plateau, straight line to zero; averaged weights (EMA 0.999).
-
-- Autoencoder: 64-px crops, half scenes, half photographs and photograph-like noise;
-  4·MSE + L1 + 1e-5·KL; the posterior's log-variance starts at -6.
-- Denoiser and text encoder together: v-prediction, 10 % of the captions dropped, min-SNR-5 weights
-  with a floor (they vanish at zero signal, where composition is decided). First a mix of scenes;
-  when colours were learnt and shapes were not, mostly single flat objects at a lower rate, half of
-  the timesteps from the range in which words decide the outline, and less weight on cells away
-  from the object. The phases stand in `diffedit/training/embedded.py`.
+{data}
 {training}
 ## Limits
 
-- It draws coloured shapes with slightly uneven outlines; what a word does worst stands above. It
-  is no model of photographs: asked for a cat, it paints none.
-- Fine detail is lost in the autoencoder (8 × 8 pixels become 4 numbers): faces and print blur
-  wherever a photograph is repainted. diffedit pastes back only what the mask asks for.
-- Two objects and their relations, textures ("striped", "dotted") and styles ("outlined", "shaded",
-  "watercolor") were a minority of the training. What is not in the table is not claimed.
-- Made for 128 px. At larger sizes it has not been trained, and may draw more than one object.
+- It is a model of a small drawn world and of no other. An unknown word falls into byte pieces of
+  which it has learnt nothing: asked for a cat, it paints none.
+{detail}{native}- What is not measured above is not claimed.
 """
 
-_READING = """\
-Prompts name one object, every colour and shape equally often; of those from nothing every second
-names a background too. All is seeded. {sampling} A colour counts as there from 2 % of the picture
-(from nothing) or 10 % of the mask on. The shape is judged on the largest piece of the asked colour,
-by overlap with templates; the judge's own accuracy, in the table, is a ceiling. Masks are squares
-and discs of 45-75 % of the side, anywhere in the frame. "Source picture" asks the same of the
-untouched picture (photographs hold brown, gray, black and white already), "unasked colour" asks the
-result for a colour that nobody named (a background may have it)."""
 
-_READING_BENCHMARK = """\
-Made by `python -m bench.quality` through diffedit's Editor on {date}, commit {commit}: {made}
-seeded cases (set {set}), {steps} steps, guidance {guidance:g}. In brackets: 95 % intervals.
-"Diffusers" is its own pipeline on the same weights and cases; "drawn answer" is what the judges
-make of the right picture after the autoencoder, a ceiling; "source" is the picture left as it was;
-"unasked" is what nobody asked for. `bench/quality/README.md` says how each is measured."""
-
-
-def card(figures: Mapping[str, Any]) -> str:
-    """The card's Markdown. Rows whose figures are missing are left out."""
-    sampling = figures.get("sampling", {})
+def card(folder: Path, figures: Figures) -> str:
+    """The card of the model in ``folder``; sections whose figures are missing are left out."""
+    vae, unet = (_settings(folder / part) for part in ("vae", "unet"))
+    factor = 2 ** (len(vae.get("block_out_channels", (0,) * 4)) - 1)
+    side = _native(folder, unet, factor)
+    weights = sorted(folder.rglob("*.safetensors"))
+    largest = max((file.stat().st_size for file in weights), default=0)
+    total = sum(file.stat().st_size for file in weights)
     return _TEMPLATE.format(
-        n_colours=len(COLOURS),
-        colours=", ".join(COLOURS),
-        n_shapes=len(SHAPES),
-        shapes=", ".join(SHAPES),
-        quality="\n".join(_quality(figures)),
-        reading=_READING_BENCHMARK.format(**figures["benchmark"]["about"])
-        if "benchmark" in figures
-        else _READING.format(
-            sampling=f"{sampling['steps']} steps, guidance {sampling['guidance']:g}."
-            if sampling
-            else ""
+        words=_words(folder),
+        parts="\n".join(_parts(folder)),
+        sizes=_wrapped(
+            f"Native size: {side} px ({side // factor} × {side // factor} latent cells). The"
+            f" weights are {_precision(weights)} safetensors, {total / 1e6:.1f} MB in all, no file"
+            f" larger than {math.ceil(largest / 1e6)} MB."
         ),
-        by_shape=_by_shape(figures.get("generation")),
-        training=_training(figures.get("training")),
+        quality=_quality(figures.get("benchmark")),
+        data=_wrapped(
+            "Scenes drawn by `diffedit/training/world`, with the words for them, and crops of"
+            " photographs behind some of them. The photographs are those in scikit-image's wheel,"
+            f" **except** {', '.join(f'`{name}`' for name in KEPT_FOR_JUDGING)}: these are kept for"
+            " judging, and no part of the model was trained on them. No other picture or text was"
+            " used."
+        ),
+        training=_training(figures.get("training", ())),
+        detail=_item(
+            f"Fine detail is lost in the autoencoder ({factor} × {factor} pixels become"
+            f" {vae.get('latent_channels', 4)} numbers): faces and print blur wherever a photograph"
+            " is repainted. diffedit pastes back only what the mask asks for."
+        ),
+        native=_item(
+            f"Made for {side} px. At larger sizes it has not been trained, and may draw more than"
+            " one object; diffedit works on a region of that size."
+        ),
     )
 
 
-def _quality(figures: Mapping[str, Any]) -> list[str]:
-    lines = [_row("test", "n", "result", "chance or control"), "|---|---|---|---|"]
-    chance = f"chance {1 / len(SHAPES):.3f}"
-    if (vae := figures.get("autoencoder")) is not None:
-        scenes, photos = f"{vae['scenes_db']} dB", f"{vae['photos_db']} dB"
-        lines.append(
-            _row(
-                f"autoencoder: held-out scenes at {vae.get('scenes_side', 128)} px", 64, scenes, ""
-            )
+def write(folder: Path, figures: Figures) -> None:
+    """Write ``figures.json`` and the card made from it into ``folder``."""
+    text = json.dumps(figures, ensure_ascii=False, indent=1, sort_keys=True)
+    # One line for a list without lists in it: an interval is read at a glance.
+    text = re.sub(r"\[[^][{}]*\]", lambda found: re.sub(r"\s*\n\s*", " ", found[0]), text)
+    (folder / "figures.json").write_text(text + "\n", "utf-8")
+    (folder / "README.md").write_text(card(folder, figures), "utf-8")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The figures that a model's folder has; empty if it has none."""
+    path = folder / "figures.json"
+    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return found
+
+
+def history(out: Path) -> dict[str, Any]:
+    """What a training's folder tells of it: settings, steps, minutes, the validations.
+
+    Folders of the machine that it ran on are left out, of a model's only the last part is told.
+
+    Raises:
+        InputError: there is no checkpoint, or it is none of a training.
+    """
+    checkpoint = out / "checkpoint.pt"
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        said = dict(state["training"])
+        settings = KINDS[said["train"]].model_validate(said)
+        losses, validations, seconds = state["losses"], state["figures"], state["seconds"]
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(f"{checkpoint} cannot be read as a checkpoint ({why})") from None
+    told = settings.model_dump(mode="json", exclude_defaults=True)
+    for key in ("out", "device", "save_minutes", "sample_every", "validate_every", "prompts"):
+        told.pop(key, None)
+    data = told.get("data", {})
+    for place, key in ((told, "model"), (data, "folder"), (data, "captions")):
+        if place.get(key):
+            place[key] = Path(place[key]).name
+    return {
+        "train": told.pop("train"),
+        "settings": told,
+        "steps": len(losses),
+        "minutes": round(seconds / 60),
+        "figures": [[step, dict(made)] for step, made in validations],
+    }
+
+
+# --- what is inside -------------------------------------------------------------------------------
+
+
+def _words(folder: Path) -> str:
+    """What the tokenizer has words for."""
+    path = folder / "tokenizer" / "vocab.json"
+    known = json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+    def there(words: Iterable[str]) -> list[str]:
+        return [w for w in words if all(f"{part}</w>" in known for part in w.split())]
+
+    kinds = {
+        "colours": there(COLOURS),
+        "shapes": there(SHAPES),
+        "things": there(noun for noun in NOUNS if noun not in SHAPES),
+        "styles": there(STYLES[1:]),
+        "relations": there(RELATIONS),
+    }
+    lines = [
+        _item(f"{len(found)} {kind}: {', '.join(found)}").rstrip()
+        for kind, found in kinds.items()
+        if found
+    ]
+    return "It has words for\n\n" + "\n".join(lines)
+
+
+def _parts(folder: Path) -> Iterator[str]:
+    """A row for everything that has weights, and for the scheduler."""
+    parts = sorted({file.parent for file in folder.rglob("*.safetensors")})
+    order = ("vae", "text_encoder", "unet")
+    first = [folder / name for name in order if folder / name in parts]
+    for part in (*first, *(part for part in parts if part not in first)):
+        name = part.relative_to(folder).as_posix()
+        title = f"`{name}`" + (", `tokenizer`" if name == "text_encoder" else "")
+        count = sum(_numbers(file) for file in part.glob("*.safetensors"))
+        yield f"| {title} | {_what(part)} | {count / 1e6:.1f} M |"
+    said = _settings(folder / "scheduler", "scheduler_config.json")
+    if said:
+        spoken = [
+            f"`{said.get('_class_name')}`",
+            str(said.get("prediction_type", "epsilon")).replace("v_prediction", "v-prediction"),
+            "zero terminal SNR" if said.get("rescale_betas_zero_snr") else "",
+            f"{said['timestep_spacing']} spacing" if "timestep_spacing" in said else "",
+        ]
+        yield f"| `scheduler` | {', '.join(part for part in spoken if part)} | |"
+
+
+def _what(part: Path) -> str:
+    """One line on a part, from its settings."""
+    said = _settings(part)
+    name = said.get("_class_name") or next(iter(said.get("architectures") or ()), "")
+    widths = tuple(said.get("block_out_channels", ()))
+    if name == "AutoencoderKL":
+        return (
+            f"`{name}`, f = {2 ** (len(widths) - 1)}, {said['latent_channels']} channels, widths"
+            f" {widths}, `scaling_factor` {said['scaling_factor']:g}"
         )
-        lines.append(_row("autoencoder: the four kept photographs at 256 px", 4, photos, ""))
-    if (judges := figures.get("judges")) is not None:
-        n, absent = judges["n"], f"absent colour {judges['colour_false']:.2f}"
-        lines.append(_row("the colour judge itself, drawn scenes", n, judges["colour"], absent))
-        lines.append(_row("the shape judge itself, drawn scenes", n, judges["shape"], chance))
-    # Made with diffusers' pipelines; whatever else painted stands under "engines".
-    for engine, gates in ({"diffusers": figures} | dict(figures.get("engines", {}))).items():
-        if (made := gates.get("generation")) is not None:
-            n, unasked = made["n"], f"unasked colour {made['unasked_colour']:.2f}"
-            one_in = f"chance {1 / len(COLOURS):.3f}"
-            lines.append(_row(f"{engine}: from nothing, colour", n, made["colour"], unasked))
-            lines.append(_row(f"{engine}: from nothing, shape", n, made["shape"], chance))
-            lines.append(
-                _row(f"{engine}: from nothing, background", n // 2, made["background"], one_in)
-            )
-        for key, name in (("drawn", "into drawn backgrounds"), ("photos", "into kept photographs")):
-            if (made := gates.get(f"inpainting_{key}")) is not None:
-                n, before = made["n"], f"source picture {made['colour_before']:.2f}"
-                unasked = f"{before}, unasked colour {made['unasked_colour']:.2f}"
-                lines.append(
-                    _row(f"{engine}: inpainting {name}, colour", n, made["colour"], unasked)
-                )
-                unasked = f"{chance}, source picture {made['shape_before']:.2f}"
-                lines.append(_row(f"{engine}: inpainting {name}, shape", n, made["shape"], unasked))
-    lines += _edits(figures)
-    lines += _benchmark(figures.get("benchmark", {}))
-    return lines
+    if name == "CLIPTextModel":
+        return (
+            f"`{name}`, hidden size {said['hidden_size']}, {said['num_hidden_layers']} layers,"
+            f" {said['max_position_embeddings']} tokens; the tokenizer's vocabulary is the"
+            " captions' words"
+        )
+    if name in ("UNet2DConditionModel", "ControlNetModel"):
+        plain = [kind for kind in said["down_block_types"] if "CrossAttn" not in kind]
+        where = {0: "at every level", len(widths): "at no level"}
+        attention = where.get(len(plain), f"at all levels but the finest {len(plain)}")
+        hints = f" for {part.name} hints" if name == "ControlNetModel" else ""
+        return f"`{name}`{hints}, widths {widths}, cross-attention {attention}"
+    if lora := next(iter(part.glob("*lora*.safetensors")), None):
+        told = _settings(part, "diffedit.json")
+        steps = f", {told['steps']} steps, guidance {told['guidance']:g}" if "steps" in told else ""
+        return f"LoRA of rank {_rank(lora)}{steps}"
+    return f"`{name}`" if name else ""
 
 
-_TOLD = (
-    *("colour", "shape", "relation", "background", "ground", "removed", "style"),
-    *("outline overlap", "nothing outside", "edge F1", "depth order", "closer in colour"),
-    *("closer in texture", "same bytes again"),
+def _settings(part: Path, name: str = "config.json") -> dict[str, Any]:
+    path = part / name
+    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return found
+
+
+def _native(folder: Path, unet: Mapping[str, Any], factor: int) -> int:
+    found = sizes(str(folder))
+    return found[0] if found else factor * int(unet.get("sample_size") or 64)
+
+
+def _numbers(file: Path) -> int:
+    """How many numbers a file of weights holds."""
+    with safe_open(file, "pt") as weights:
+        return sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
+
+
+def _rank(file: Path) -> int:
+    with safe_open(file, "pt") as weights:
+        down = [key for key in weights.keys() if "lora_A" in key or "lora.down" in key]  # noqa: SIM118
+        return int(weights.get_slice(down[0]).get_shape()[0]) if down else 0
+
+
+def _precision(files: Iterable[Path]) -> str:
+    kinds = set()
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            kinds |= {weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118
+    names = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}
+    return " and ".join(sorted(names[kind] for kind in kinds if kind in names)) or "no"
+
+
+# --- what was measured ----------------------------------------------------------------------------
+
+TOLD = (
+    *("PSNR, dB", "colour", "shape", "relation", "background", "ground", "removed", "style"),
+    *("outline overlap", "nothing outside", "seam, own ground", "edge F1", "depth order"),
+    *("closer in colour", "closer in texture", "same bytes again"),
 )
 """The benchmark's measures that the card shows."""
 
+_BESIDE = ("diffusers", "without the edit", "source", "drawn answer")
+"""Whom the card holds the model's figures against."""
 
-def _benchmark(told: Mapping[str, Any]) -> list[str]:
-    """Rows of the edit benchmark, with their intervals and what to hold them against."""
-    lines = []
-    for row in told.get("rows", ()):
+_READING = """\
+By `python -m bench.quality` on {date}, commit {commit}: {made} seeded cases (set {set}) through
+diffedit's Editor, {steps} steps, guidance {guidance:g}. In brackets: 95 % intervals.
+*diffusers* is its own pipeline on the same weights and cases; *without* the hint or reference that
+the case is about; *source* the picture left as it was; *drawn* what the judges make of the right
+picture after the autoencoder, their ceiling. `bench/quality/README.md` says how it is measured."""
+
+
+def _quality(told: Mapping[str, Any] | None) -> str:
+    if not told:
+        return ""
+    gates = [gate for gate in told["gates"] if " minus " not in gate["gate"]]
+    lines = ["", "## Measured quality", "", _READING.format(**told["about"]), ""]
+    lines += ["| to be reached | figure | at least | |", "|---|---|---|---|"]
+    lines += [
+        f"| {gate['gate']} | {shown(gate['figure'])} | {gate['target']} | {gate['verdict']} |"
+        for gate in gates
+        if gate["verdict"] != "not measured"
+    ]
+    if missing := [gate["gate"] for gate in gates if gate["verdict"] == "not measured"]:
+        lines += ["", _wrapped(f"Not measured: {'; '.join(missing)}.")]
+    lines += ["", "| what | n | diffedit | diffusers | without | source | drawn | chance |"]
+    lines += ["|---|---|---|---|---|---|---|---|", *_rows(told["rows"])]
+    if declined := _declined(told.get("declined", ())):
+        lines += ["", _wrapped(declined)]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for row in rows:
         engines = row["engines"]
-        if row["measure"] not in _TOLD or "diffedit" not in engines:
+        if row["measure"] not in TOLD or "diffedit" not in engines:
             continue
         where = ", ".join(part for part in (row["category"], row["group"]) if part)
-        beside = [f"chance {row['chance']:.2f}"] if "chance" in row else []
-        unasked = (where, f"unasked {row['measure']}")
-        for other in told["rows"]:
-            same = ", ".join(part for part in (other["category"], other["group"]) if part)
-            if (same, other["measure"]) == unasked:
-                beside.append(f"unasked {other['engines']['diffedit'][0]:.2f}")
-        others = ("source", "without the edit", "diffusers", "drawn answer")
-        beside += [f"{name} {interval(engines[name])}" for name in others if name in engines]
-        n, figure = engines["diffedit"][3], interval(engines["diffedit"])
-        value, _, rest = figure.partition(" ")
-        lines.append(
-            _row(f"{where}: {row['measure']}", n, f"**{value}** {rest}".strip(), ", ".join(beside))
+        beside = " | ".join(shown(engines[e]) if e in engines else "" for e in _BESIDE)
+        value, _, rest = shown(engines["diffedit"]).partition(" ")
+        chance = f"{row['chance']:.2g}" if "chance" in row else ""
+        yield (
+            f"| {where}: {row['measure']} | {engines['diffedit'][3]} |"
+            f" {f'**{value}** {rest}'.strip()} | {beside} | {chance} |"
         )
-    return lines
 
 
-def interval(figure: Sequence[float | None]) -> str:
-    """``0.97 (0.92-0.99)`` of a value, its bounds and a count."""
-    value, low, high, *_ = figure
-    if value is None:
-        return "-"
-    bounds = "" if low is None or high is None else f" ({low:.2f}-{high:.2f})"
-    return f"{value:.2f}{bounds}"
+def _declined(found: Iterable[Mapping[str, Any]]) -> str:
+    mine = [one for one in found if one["engine"] == "diffedit"]
+    words = sum(one["cases"] for one in mine if one["why"].startswith("words"))
+    nets = sum(one["cases"] for one in mine if one["why"] == "no net")
+    said = [f"{words} with words that the model has not learnt"] if words else []
+    said += [f"{nets} with hints that it has no net for"] if nets else []
+    return f"Not asked: {' and '.join(said)}." if said else ""
 
 
-def _edits(figures: Mapping[str, Any]) -> list[str]:
-    """Rows for edits that only diffedit makes, as measured before there was a benchmark."""
-    lines: list[str] = []
-    if (made := figures.get("img2img")) is not None:
-        far = ", ".join(f"{v:.0f}" for k, v in made.items() if k.startswith("distance"))
-        rising = f"rises at every step in {made['rising_in_every_step']:.2f} of the cases"
-        name = "img2img: distance to the source (Lab) at strength 0.25, 0.5, 0.75, 1"
-        lines.append(_row(name, made["n"], far, rising))
-    if (made := figures.get("style")) is not None:
-        n = made["n"]
-        for key, name, other in (
-            ("colour", "style: distance to the reference's colours (Lab)", "plain"),
-            ("gram", "style: distance to its texture (Gram), colours made equal", "adain"),
-            ("object", "style: the asked shape is there", "plain"),
-        ):
-            control = f"{'pixel AdaIN' if other == 'adain' else 'without the edit'}"
-            lines.append(
-                _row(
-                    name, n, float(made[f"{key}_styled"]), f"{control} {made[f'{key}_{other}']:.2f}"
-                )
-            )
-    return lines
+def shown(figure: Sequence[Any] | None) -> str:
+    """``0.97 (0.92–0.99)`` of a value, its bounds and a count; a dash for nothing."""
+    if not figure or figure[0] is None:
+        return "–"
+    digits = 2 if abs(figure[0]) < 10 else 1
+    value = f"{figure[0]:.{digits}f}"
+    if figure[1] is None or figure[2] is None:
+        return value
+    return f"{value} ({figure[1]:.{digits}f}–{figure[2]:.{digits}f})"
 
 
-def _by_shape(made: Mapping[str, float] | None) -> str:
-    if made is None or f"shape_{SHAPES[0]}" not in made:
+# --- how it was made ------------------------------------------------------------------------------
+
+
+def _training(stages: Sequence[Mapping[str, Any]]) -> str:
+    if not stages:
         return ""
-    shown = ", ".join(f"{name} {made[f'shape_{name}']:.2f}" for name in SHAPES)
-    return f"\n\nShape from nothing, by the asked word: {shown}."
+    lines = ["", "## Training", ""]
+    for stage in stages:
+        said = f"**{stage['train']}**: {stage['steps']} steps in {stage['minutes']} minutes"
+        said += f" on {stage['machine']}" if stage.get("machine") else ""
+        if settings := stage.get("settings"):
+            said += f"; {_spoken(settings)}"
+        said += f". {stage['note'].rstrip('.')}" if stage.get("note") else ""
+        if stage.get("figures"):
+            step, made = stage["figures"][-1]
+            figures = ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in made.items())
+            said += f". At step {step}: {figures}"
+        lines.append(_item(f"{said}.").rstrip())
+    return "\n".join(lines) + "\n"
 
 
-def _row(test: str, count: int | str, result: float | str, control: str) -> str:
-    shown = f"**{result:.2f}**" if isinstance(result, float) else result
-    return f"| {test} | {count} | {shown} | {control} |"
+def _spoken(settings: Mapping[str, Any]) -> str:
+    """``batch 32, optimiser (name muon, rate 0.0004)``."""
+    parts = []
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            said = f"({_spoken(value)})"
+        elif isinstance(value, list | tuple):
+            said = f"({', '.join(map(str, value))})"
+        else:
+            said = f"{value:g}" if isinstance(value, float) else str(value)
+        parts.append(f"{key.replace('_', ' ')} {said}")
+    return ", ".join(parts)
 
 
-def _training(told: Mapping[str, Any] | None) -> str:
-    if told is None:
-        return ""
-    vae, denoiser = told["vae"], told["denoiser"]
-    losses = ", ".join(f"{made['loss']:.4f} ({step})" for step, made in denoiser["figures"])
-    return f"""
-These weights: {vae["steps"]} steps of the autoencoder in {vae["minutes"]} minutes,
-{denoiser["steps"]} of the denoiser in {denoiser["minutes"]}, on two x86-64 cores with AVX-512 bf16,
-no GPU, shared with other work. The run was stopped and resumed several times, and its length was
-settled on the way. Validation loss (min-SNR-5 weights, held-out simple scenes), by step in
-brackets: {losses}.
-"""
+# --- text -----------------------------------------------------------------------------------------
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    """Lines of at most 100 characters."""
+    lines, line = [], ""
+    for word in text.split():
+        if line and len(line) + 1 + len(word) > 100:
+            lines.append(line)
+            line = indent + word
+        else:
+            line = f"{line} {word}" if line else word
+    return "\n".join([*lines, line])
+
+
+def _item(text: str) -> str:
+    """An item of a list, with its line's end."""
+    return _wrapped(f"- {text}", "  ") + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: write a model's card anew."""
+    parser = argparse.ArgumentParser(
+        prog="python -m diffedit.training.card",
+        description="Write a model's card anew from its folder and its figures.json.",
+    )
+    parser.add_argument("folder", type=Path, help="the model's folder")
+    parser.add_argument(
+        "--training",
+        type=Path,
+        action="append",
+        metavar="OUT",
+        help="the 'out' of a training that made it, in order; replaces what the card told of that",
+    )
+    options = parser.parse_args(arguments)
+    figures = read(options.folder)
+    if options.training:
+        figures["training"] = [history(out) for out in options.training]
+    write(options.folder, figures)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

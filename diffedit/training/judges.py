@@ -1,7 +1,7 @@
 """Judges that need no weights: which colours stand where, what has which shape, how two relate.
 
-Their own accuracy is measured on held-out drawn scenes (``evaluate.judge_accuracy``); a figure of
-the model means nothing beyond it.
+Their own accuracy is measured on drawn pictures that are right (``bench.quality``'s "drawn
+answer"); a figure of the model means nothing beyond it.
 """
 
 from __future__ import annotations
@@ -26,17 +26,30 @@ Mask = NDArray[np.bool_]
 _NEAR = 30.0
 """Largest CIE76 distance in Lab at which a pixel still counts as its nearest palette colour."""
 
+FRAME_SHARE = 0.02
+"""A colour is "there" if it covers this much of a picture made from nothing."""
+
+MASK_SHARE = 0.1
+"""A colour is "in the mask" if it covers this much of it."""
+
 _GRID = 40
 """Side of the grid on which shapes are compared."""
 
 
 def colour_map(image: Pixels) -> NDArray[np.int64]:
     """The index in ``COLOURS`` of each pixel's nearest colour, -1 where none is near: (h, w)."""
-    lab = rgb2lab(image)
-    palette = rgb2lab(np.array([PALETTE[c] for c in COLOURS], np.uint8)[None])[0]
-    distance = np.linalg.norm(lab[:, :, None, :] - palette, axis=-1)
-    nearest = distance.argmin(axis=-1)
-    return np.where(distance.min(axis=-1) < _NEAR, nearest, -1)
+    lab, palette = rgb2lab(image), _palette()
+    # |a - b|² = |a|² - 2 a·b + |b|², with the part that is the same for all colours left out.
+    nearness = (palette**2).sum(axis=1) - 2 * (lab @ palette.T)
+    nearest = nearness.argmin(axis=-1)
+    squared = np.take_along_axis(nearness, nearest[..., None], axis=-1)[..., 0]
+    return np.where(squared + (lab**2).sum(axis=-1) < _NEAR**2, nearest, -1)
+
+
+@cache
+def _palette() -> NDArray[np.float64]:
+    """The palette in Lab: (colours, 3)."""
+    return np.asarray(rgb2lab(np.array([PALETTE[c] for c in COLOURS], np.uint8)[None])[0])
 
 
 def colour_share(image: Pixels, colour: str, region: Mask | None = None) -> float:
@@ -57,6 +70,19 @@ def largest_piece(found: Mask) -> Mask:
     if count == 0:
         return np.zeros(found.shape, np.bool_)
     return np.asarray(pieces == 1 + np.bincount(pieces.ravel())[1:].argmax())
+
+
+def border_colour(image: Pixels) -> str:
+    """The commonest palette colour of the outermost four pixels; "" if none is near."""
+    inside = np.zeros(image.shape[:2], np.bool_)
+    inside[4:-4, 4:-4] = True
+    return commonest(colour_map(image)[~inside])
+
+
+def commonest(found: NDArray[np.int64]) -> str:
+    """The colour that most of ``found``, entries of a :func:`colour_map`, name; "" if none does."""
+    found = found[found >= 0]
+    return COLOURS[int(np.bincount(found).argmax())] if len(found) else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +173,7 @@ def judge_pair(
     first: tuple[str, str],
     second: tuple[str, str],
     relation: str | None,
-    share: float = 0.02,
+    share: float = FRAME_SHARE,
 ) -> PairVerdict:
     """Judge a picture of two objects, each a (colour, noun) of its own colour.
 
@@ -204,9 +230,10 @@ def _thing_templates(colour: str) -> tuple[Floats, tuple[str, ...]]:
     grids: list[Floats] = []
     names: list[str] = []
     for noun in OBJECTS:
-        for angle in (-0.05, 0.0, 0.05):
+        # Where a thing is drawn small, a part of another colour cuts it in two (a bottle's label).
+        for angle, side in ((-0.05, 128), (0.0, 128), (0.05, 128), (0.0, 56)):
             thing = Thing(noun, colour, PALETTE[colour], "plain", 0.5, 0.5, 0.34, angle)
-            image = render(Scene(background, (thing,), "flat", None, ""), 128).image
+            image = render(Scene(background, (thing,), "flat", None, ""), side).image
             piece = segment(image, colour)
             if not piece.any():
                 continue
