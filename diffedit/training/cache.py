@@ -53,6 +53,8 @@ class Batch:
         embeddings: (n, length, d), the frozen text encoder's last hidden states.
         weights: (n, h, w) in [0, 1]: the greatest weight of the pixels of a cell.
         hints: (n, 3, H, W) in [0, 1], in pixels.
+        phrases: (n, p, h, w) in [0, 1]: the share of a cell in which stands what a phrase says.
+        spans: (n, p, length), 1 where a token belongs to the phrase; all 0 for no phrase.
     """
 
     latents: Tensor
@@ -61,6 +63,8 @@ class Batch:
     embeddings: Tensor | None = None
     weights: Tensor | None = None
     hints: Tensor | None = None
+    phrases: Tensor | None = None
+    spans: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -98,6 +102,7 @@ class LatentCache:
         chunk: examples to a file.
         variance: whether to keep the posterior's log-variance.
         length: tokens per caption; default: the tokenizer's own.
+        phrases: how many phrases of a caption are kept, with where they stand.
 
     Raises:
         InputError: options that do not go together.
@@ -114,9 +119,12 @@ class LatentCache:
         chunk: int = 256,
         variance: bool = False,
         length: int | None = None,
+        phrases: int = 0,
     ) -> None:
         if text_encoder is not None and tokenizer is None:
             raise InputError("a text encoder without its tokenizer: the cache needs both")
+        if phrases and tokenizer is None:
+            raise InputError("phrases without a tokenizer: the cache needs both")
         if chunk < 1 or not len(source):
             raise InputError(f"chunks of {chunk} of {len(source)} examples, should be 1 or more")
         if tokenizer is not None:
@@ -125,17 +133,19 @@ class LatentCache:
                 raise InputError(f"captions of {length} tokens, should be 2 to {_LONGEST}")
         self.source, self.vae, self.tokenizer = source, vae, tokenizer
         self.text_encoder, self.size = text_encoder, chunk
-        self.variance, self.length = variance, length
+        self.variance, self.length, self.phrases = variance, length, phrases
         parts = [
             *("chunks 1", source.digest, chunk, variance, length, _weights_digest(vae)),
             None if tokenizer is None else _words(tokenizer),
             None if text_encoder is None else _weights_digest(text_encoder),
+            *([f"phrases {phrases}"] if phrases else []),
         ]
         self.key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         self.folder = folder / self.key[:16]
         self._faults: dict[int, list[str]] = {}
         self._shape: tuple[int, ...] | None = None
         self._making = threading.Lock()
+        self._tokenizing = threading.Lock()  # its options are a state of the tokenizer's
         self._chunk: Callable[[int], dict[str, Tensor]] = lru_cache(256)(self._open)
 
     def __len__(self) -> int:
@@ -202,6 +212,8 @@ class LatentCache:
             gather("embeddings", real, "text"),
             gather("weights", real),
             None if hints is None else hints.expand(-1, 3, -1, -1) / 255,
+            None if (where := gather("phrases", real)) is None else where / 255,
+            gather("spans", real),
         )
 
     def empty(self) -> tuple[Tensor | None, Tensor | None]:
@@ -355,6 +367,14 @@ class LatentCache:
             raise InputError(f"{self.source.name}: some examples have hints, others none")
         if hints:
             made["hints"] = torch.from_numpy(np.stack(hints)).permute(0, 3, 1, 2).contiguous()
+        if self.phrases:
+            assert self.tokenizer is not None
+            assert self.length is not None
+            with self._tokenizing:
+                places = [_places(e, self.tokenizer, self.length, self.phrases) for e in examples]
+            where = torch.stack([place for place, _ in places])
+            made["phrases"] = (functional.avg_pool2d(where, factor) * 255).round().byte()
+            made["spans"] = torch.stack([span for _, span in places])
         return made, captions, faults
 
     @torch.no_grad()
@@ -381,6 +401,22 @@ class LatentCache:
             ]
             made["embeddings"] = torch.cat(parts).contiguous()
         return made
+
+
+def _places(
+    example: Example, tokenizer: CLIPTokenizer, length: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """Where the first phrases stand, (count, h, w), and which tokens they are, (count, length)."""
+    where = torch.zeros(count, *example.image.shape[:2])
+    spans = torch.zeros(count, length, dtype=torch.uint8)
+    said = tokenizer(example.caption).input_ids[: length - 1]
+    for number, phrase in enumerate(example.phrases[:count]):
+        words = tokenizer(phrase.words, add_special_tokens=False).input_ids
+        starts = [at for at in range(len(said)) if said[at : at + len(words)] == words]
+        if len(starts) == 1:  # otherwise cut off, or said twice
+            where[number] = torch.from_numpy(np.asarray(phrase.where, np.float32))
+            spans[number, starts[0] : starts[0] + len(words)] = 1
+    return where, spans
 
 
 def _factor(vae: AutoencoderKL) -> int:

@@ -19,6 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     Field,
     TypeAdapter,
     ValidationError,
@@ -193,6 +194,11 @@ class DenoiserTraining(Training):
     text: Literal["new", "train", "frozen"] = Field(
         "train", description="A text encoder with a vocabulary of the captions, the model's, or so"
     )
+    grounding: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of attention off the place of what a word says, where the data has it",
+    )
     objective: Objective = Objective()
 
 
@@ -211,14 +217,21 @@ class ControlNetTraining(Training):
     objective: Objective = Objective()
 
 
+def _listed(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
 class LoraTraining(Training):
-    """Low-rank additions to the UNet's attention, for a style or a subject."""
+    """Low-rank additions (LoRA) to the UNet, for a style or a subject."""
 
     train: Literal["lora"]
     rank: int = Field(8, ge=1, le=256)
     alpha: float | None = Field(None, gt=0, description="Default: the rank")
-    layers: Literal["attention", "all"] = Field(
-        "attention", description="Attention projections, or all linear layers and kernels too"
+    layers: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
+        ("attention",),
+        min_length=1,
+        description="Of the UNet: attention for its projections, all for every linear layer and"
+        " kernel, or a layer's name or its end; or several of these",
     )
     text: bool = Field(False, description="Whether the text encoder gets additions too")
     objective: Objective = Objective()
@@ -289,7 +302,11 @@ def load(path: str | Path) -> list[Training]:
         raise InputError(f"{file} holds no training, should have 'train:', 'data:' and 'out:'")
     shared = {key: value for key, value in data.items() if key != "stages"}
     stages = data.get("stages", [{}])
-    if not isinstance(stages, list) or not all(isinstance(s, Mapping) for s in stages) or not stages:
+    if (
+        not isinstance(stages, list)
+        or not all(isinstance(s, Mapping) for s in stages)
+        or not stages
+    ):
         raise InputError(f"{file}: 'stages' should be a list of trainings")
     several = "stages" in data
     made = []

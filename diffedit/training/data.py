@@ -53,6 +53,19 @@ _HASHED = 256 * 2**20  # bytes of files up to which a source is known by their c
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class Phrase:
+    """Words of a caption, and where in the picture stands what they say.
+
+    Attributes:
+        words: as the caption has them, once.
+        where: (h, w) float in [0, 1].
+    """
+
+    words: str
+    where: npt.NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Example:
     """A picture and what is known of it.
 
@@ -62,6 +75,7 @@ class Example:
         name: what messages call it.
         hint: (h, w, 3) uint8, a ControlNet's hint for it.
         weight: (h, w) float in [0, 1], how much each pixel counts in the loss; None counts as 1.
+        phrases: what is known of where the caption's words stand.
     """
 
     image: Pixels
@@ -69,6 +83,7 @@ class Example:
     name: str
     hint: Pixels | None = None
     weight: npt.NDArray[np.floating[Any]] | None = None
+    phrases: tuple[Phrase, ...] = ()
 
 
 class Source(Protocol):

@@ -9,16 +9,21 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from diffedit.errors import InputError
 from diffedit.training import parts as models
 from diffedit.training.config import DenoiserTraining
 from diffedit.training.data import Source
 from diffedit.training.denoising import Latents, samples, scheduler_for, source
 from diffedit.training.export import export
+from diffedit.training.grounding import Watched, grounding
 from diffedit.training.loop import Picture, Rows
 from diffedit.training.optim import optimizers
 from diffedit.training.parts import Parts
 from diffedit.training.text import HIDDEN, build_text_encoder, build_tokenizer
 from diffedit.training.world.source import Drawn
+
+_PHRASES = 4
+"""Phrases of a caption that attention is grounded in."""
 
 _CAPTIONS = 30_000
 """Captions of which a new vocabulary is made."""
@@ -51,7 +56,17 @@ class DenoiserTask:
             parts.scheduler = models.new_scheduler()
         parts.text_encoder.to(device)
         frozen = training.text == "frozen"
-        self.latents = Latents(training, training.objective, parts, examples, embeddings=frozen)
+        self.latents = Latents(
+            training,
+            training.objective,
+            parts,
+            examples,
+            embeddings=frozen,
+            phrases=_PHRASES if training.grounding else 0,
+        )
+        if training.grounding and training.checkpointing:
+            raise InputError("grounding and checkpointing do not go together: leave one out")
+        self.watched = Watched(parts.unet) if training.grounding else None
         self.modules: Mapping[str, nn.Module] = {"unet": parts.unet}
         if not frozen:
             self.modules = {**self.modules, "text_encoder": parts.text_encoder}
@@ -68,8 +83,13 @@ class DenoiserTask:
         return self.latents.batch(step, generator)
 
     def loss(self, rows: Rows) -> Tensor:
-        """The objective's."""
-        return self.latents.loss(rows, self.predict)
+        """The objective's, and that of attention off the words' places."""
+        if self.watched is None:
+            return self.latents.loss(rows, self.predict)
+        with self.watched.recording() as attentions:
+            loss = self.latents.loss(rows, self.predict)
+        phrases, spans = (rows[name].to(loss.device) for name in ("phrases", "spans"))
+        return loss + self.training.grounding * grounding(attentions, phrases, spans).mean()
 
     def predict(self, x_t: Tensor, timestep: Tensor, words: Tensor) -> Tensor:
         """The UNet's prediction."""

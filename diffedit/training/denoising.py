@@ -35,9 +35,7 @@ def source(data: Data, seed: int) -> Source:
     if data.world is not None:
         said = {data.world: 1.0} if isinstance(data.world, str) else data.world
         shares = {str(name): share for name, share in said.items()}
-        return Drawn(
-            shares, data.count, data.side, seed=seed, first=data.first, style=data.style
-        )
+        return Drawn(shares, data.count, data.side, seed=seed, first=data.first, style=data.style)
     crop: Literal["random", "centre"] = "random" if data.views > 1 else "centre"
     views = Views(data.views, crop=crop, zoom=1.25 if data.views > 1 else 1.0, flip=data.flip)
     if data.captions is not None:
@@ -57,6 +55,7 @@ class Latents:
         parts: the model; its autoencoder encodes every picture once.
         examples: the pictures with their captions, and hints where those are wanted.
         embeddings: whether the text encoder is frozen, so that embeddings can be kept too.
+        phrases: how many phrases of each caption come with where they stand.
     """
 
     def __init__(
@@ -67,6 +66,7 @@ class Latents:
         examples: Source,
         *,
         embeddings: bool,
+        phrases: int = 0,
     ) -> None:
         self.training, self.objective, self.parts = training, objective, parts
         self.process, self.kind = _process(objective, parts.scheduler)
@@ -76,6 +76,7 @@ class Latents:
         options: dict[str, Any] = {
             "tokenizer": parts.tokenizer,
             "text_encoder": parts.text_encoder if embeddings else None,
+            "phrases": phrases,
         }
         self.cache = LatentCache(folder, rest, parts.vae, **options)
         self.cache.ensure()
@@ -123,6 +124,9 @@ class Latents:
             rows["where"] = backdrop + (1 - backdrop) * found.weights
         if found.hints is not None:
             rows["hints"] = found.hints
+        if found.phrases is not None and found.spans is not None:
+            rows["phrases"] = found.phrases
+            rows["spans"] = found.spans * ~dropped.view(-1, 1, 1)
         return rows
 
     def _levels(self, size: int, generator: torch.Generator) -> Tensor:
@@ -233,8 +237,13 @@ def scheduler_for(objective: Objective, scheduler: Any) -> Any:
 
 @torch.no_grad()
 def samples(
-    parts: Parts, prompts: tuple[str, ...], *, scheduler: Any = None, steps: int = 20,
-    guidance: float = 5.0, seed: int = 0,
+    parts: Parts,
+    prompts: tuple[str, ...],
+    *,
+    scheduler: Any = None,
+    steps: int = 20,
+    guidance: float = 5.0,
+    seed: int = 0,
 ) -> list[tuple[str, np.ndarray[Any, Any]]]:
     """A picture of each prompt, by diffusers' own pipeline: (title, (h, w, 3) uint8)."""
     if not prompts:

@@ -111,7 +111,9 @@ def _bowl(x: Floats, y: Floats) -> Floats:
 
 def _trunk(x: Floats, y: Floats) -> Floats:
     # A trapezoid, narrow at the bottom, as cups and hulls are.
-    distance: Floats = np.maximum(np.abs(y) - 1, np.abs(x) - (np.float32(0.8) - y * np.float32(0.2)))
+    distance: Floats = np.maximum(
+        np.abs(y) - 1, np.abs(x) - (np.float32(0.8) - y * np.float32(0.2))
+    )
     return distance
 
 
@@ -124,9 +126,9 @@ def _smile(x: Floats, y: Floats) -> Floats:
 
 def _moon(x: Floats, y: Floats) -> Floats:
     # A disc without another one beside it.
-    return np.maximum(
-        np.hypot(x, y) - np.float32(1), np.float32(0.8) - np.hypot(x - np.float32(0.5), y)
-    )
+    disc, other = np.hypot(x, y), np.hypot(x - np.float32(0.5), y)
+    distance: Floats = np.maximum(disc - np.float32(1), np.float32(0.8) - other)
+    return distance
 
 
 _DISTANCE: dict[str, Callable[[Floats, Floats], Floats]] = {
@@ -217,7 +219,8 @@ def cover(part: Part, side: int, where: Window, grow: float = 0.0) -> Floats:
     u, v = _centres(side)[None, where[1]], _centres(side)[where[0], None]
     dx, dy = u - np.float32(part.x), v - np.float32(part.y)
     cos, sin = np.float32(np.cos(part.angle)), np.float32(np.sin(part.angle))
-    x, y = (cos * dx + sin * dy) / np.float32(part.w), (cos * dy - sin * dx) / np.float32(part.h)
+    x: Floats = ((cos * dx + sin * dy) / np.float32(part.w)).astype(np.float32, copy=False)
+    y: Floats = ((cos * dy - sin * dx) / np.float32(part.h)).astype(np.float32, copy=False)
     distance = _DISTANCE[part.form](x, y) * np.float32(min(part.w, part.h))
     covered: Floats = np.clip(0.5 - (distance - grow) * side, 0, 1).astype(np.float32)
     return covered
@@ -242,5 +245,5 @@ def distance(parts: Sequence[Part], side: int) -> Floats:
 
 
 def coverage(shape: str, radius: float, angle: float, side: int) -> Floats:
-    """How much of each pixel ``shape`` covers in the middle of a (side, side) picture, in [0, 1]."""
+    """How much of each pixel ``shape`` covers amid a (side, side) picture, in [0, 1]."""
     return cover(Part(shape, 0.5, 0.5, radius, radius, angle), side, (slice(0, side),) * 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,7 +114,7 @@ class _Painter:
             whole[:] = self._line(away)
             return
         whole[:] = np.clip(0.5 + (v - top) * self.side, 0, 1)
-        fill = np.broadcast_to(np.array(band.rgb, np.float32), self.canvas.shape)
+        fill: Any = np.broadcast_to(np.array(band.rgb, np.float32), self.canvas.shape)
         if self.style == "shaded":
             fill = fill * (1.12 - 0.45 * np.clip(v - band.top, 0, 1))[..., None]
         elif self.style == "neon":
@@ -129,7 +130,7 @@ class _Painter:
 
     def _line(self, away: Floats) -> Floats:
         """Draw a line where ``away`` is 0, on paper where it is negative; what that covers."""
-        inside = np.clip(0.5 - away * self.side, 0, 1)
+        inside: Floats = np.clip(0.5 - away * self.side, 0, 1).astype(np.float32, copy=False)
         line = np.clip(0.5 + (_LINE / 2 - np.abs(away)) * self.side, 0, 1)[..., None]
         self.canvas += inside[..., None] * (self.paper - self.canvas)
         self.canvas += line * (np.array(_CHALK, np.float32) - self.canvas)

@@ -1,8 +1,8 @@
 """Scenes: what stands where, in which style, and the words for it.
 
 A :class:`Scene` is a value, free of resolution; :func:`~diffedit.training.world.paint.render` draws
-it at any side length. ``draw_scene(seed, index, mix)`` depends on nothing but its arguments, so that
-a training run can be stopped and resumed anywhere and any scene can be looked at again.
+it at any side length. ``draw_scene(seed, index, mix)`` depends on nothing but its arguments, so
+that a training run can be stopped and resumed anywhere and any scene can be looked at again.
 """
 
 from __future__ import annotations
@@ -253,7 +253,9 @@ def _in_style(rng: np.random.Generator, scene: Scene, style: str) -> Scene:
         kept = [word for word in caption.split() if word not in PALETTE]
         caption = " ".join(kept)
         for noun in {kept[at + 1] for at, word in enumerate(kept[:-1]) if word in ("a", "an")}:
-            caption = caption.replace(f"a {noun}", article(noun)).replace(f"an {noun}", article(noun))
+            caption = caption.replace(f"a {noun}", article(noun)).replace(
+                f"an {noun}", article(noun)
+            )
     if style != "flat":
         medium = f"{style} {rng.choice(['picture', 'drawing', 'painting'])}"
         bare = caption.removeprefix("an ").removeprefix("a ")
@@ -349,7 +351,8 @@ def _still_life(rng: np.random.Generator) -> Scene:
     stage = (Stage("table", _jittered(rng, PALETTE[table]), edge),)
     count = int(rng.integers(1, 4))
     places = {1: [0.5], 2: [0.3, 0.7], 3: [0.2, 0.5, 0.8]}[count]
-    things, said = [], []
+    things: list[Thing] = []
+    said: list[str] = []
     for place in places:
         noun = _pick(rng, ("apple", "pear", "cup", "bottle", "vase"), [t.noun for t in things])
         radius = float(rng.uniform(0.13, 0.2)) * (1.25 if noun in ("bottle", "vase") else 1.0)

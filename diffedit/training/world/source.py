@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from diffedit.errors import InputError, nearest
-from diffedit.training.data import Example
+from diffedit.training.data import Example, Phrase
 from diffedit.training.world.forms import Floats
 from diffedit.training.world.paint import Drawing, render
 from diffedit.training.world.scenes import (
@@ -95,7 +95,28 @@ class Drawn:
         scene = self.scene(index)
         drawing = render(scene, self.side)
         name = f"scene {self.first + index}"
-        return Example(drawing.image, scene.caption, name, weight=nearby(drawing)), drawing
+        example = Example(
+            drawing.image,
+            scene.caption,
+            name,
+            weight=nearby(drawing),
+            phrases=phrases(drawing),
+        )
+        return example, drawing
+
+
+def phrases(drawing: Drawing) -> tuple[Phrase, ...]:
+    """The words that name each object of a drawing, as far as the caption says them just once."""
+    caption = f" {drawing.scene.caption.replace(',', ' ,').replace('grey', 'gray')} "
+    found = []
+    for thing, mask in zip(drawing.scene.things, drawing.masks, strict=True):
+        for words in (f"{thing.colour} {thing.noun}", thing.noun):
+            if caption.count(f" {words} ") == 1 and mask.any():
+                grey = "gray" in words and "grey" in drawing.scene.caption
+                words = words.replace("gray", "grey") if grey else words
+                found.append(Phrase(words, mask))
+                break
+    return tuple(found)
 
 
 def nearby(drawing: Drawing) -> Floats | None:
@@ -108,9 +129,8 @@ def nearby(drawing: Drawing) -> Floats | None:
     side = len(drawing.image)
     covered = np.maximum.reduce(drawing.masks) > 0
     reach = max(1, round(_NEAR * side))
-    rows, columns = np.nonzero(covered)
     near = np.zeros((side, side), np.float32)
-    if len(rows):
+    if covered.any():
         # The mask grown by a square, along one axis after the other.
         sums = np.cumsum(np.pad(covered, ((reach + 1, reach), (0, 0))), axis=0)
         grown = (sums[2 * reach + 1 :] - sums[: -2 * reach - 1]) > 0
