@@ -52,7 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (options.out / "pictures").mkdir(exist_ok=True)
     if options.worker is not None:
         number, workers = (int(v) for v in options.worker.split("/"))
-        torch.set_num_threads(max(1, options.threads // workers))
         _work(_bench(options), options, number, workers)
         return 0
     bench = _bench(options)
@@ -60,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about = _about(bench, options)
     _same_run(options.out / "run.json", about, options.fresh)
     began = time.perf_counter()
-    if not _crew(options):
+    if options.workers == 1:
+        _work(bench, options, 0, 1)
+    elif not _crew(options):
         print("a process failed; the same command goes on where it stopped", file=sys.stderr)
         return 1
     spent = _spent(options.out / "run.json", time.perf_counter() - began)
@@ -236,6 +237,7 @@ def _chosen(bench: Bench, options: argparse.Namespace) -> list[Engine]:
 
 def _work(bench: Bench, options: argparse.Namespace, number: int, workers: int) -> None:
     """Make and judge the pictures of every `workers`-th case that are not there yet."""
+    torch.set_num_threads(max(1, options.threads // workers))
     found = sets.balanced(sets.cases(), options.limit)[number::workers]
     done = set(_records(options.out))
     engines = _chosen(bench, options)
