@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import json
 import math
+import signal
 import subprocess
 import sys
 import time
@@ -54,6 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         number, workers = (int(v) for v in options.worker.split("/"))
         _work(_bench(options), options, number, workers)
         return 0
+    # A terminated run takes its processes with it.
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        return _run(options)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _run(options: argparse.Namespace) -> int:
     bench = _bench(options)
     found = sets.balanced(sets.cases(), options.limit)
     about = _about(bench, options)
@@ -142,7 +152,8 @@ def _about(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
 _MAKES = (
     *("diffedit/*.py", "diffedit/images/*.py", "diffedit/models/*.py", "plugins/**/*.py"),
     *("diffedit/training/world/*.py", "diffedit/training/hints.py", "diffedit/training/judges.py"),
-    *("diffedit/training/styles.*", "bench/quality/*.py"),
+    *("diffedit/training/styles.*", "bench/quality/cases.py", "bench/quality/pictures.py"),
+    *("bench/quality/engines.py", "bench/quality/judging.py", "bench/quality/measures.py"),
 )
 """What can change a picture or what is said of it."""
 

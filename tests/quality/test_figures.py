@@ -15,6 +15,7 @@ from bench.quality import figures, page
 from bench.quality.__main__ import _json
 from bench.quality.cases import Case, balanced, cases
 from bench.quality.figures import Key
+from diffedit.training.card import shown
 
 EVERY = cases()
 
@@ -156,10 +157,10 @@ def test_every_picture_is_on_the_page_and_the_first_on_the_sheet(tmp_path: Path)
         (tmp_path / f"{case.id}-diffedit.webp").write_bytes(page.thumbnail(picture))
         values = {"colour": number % 2 == 0, "nothing outside": number != 3}
         records[case.id, "diffedit"] = {"values": values, "seconds": 1.0, "digest": ""}
-    names = ("date", "commit", "model", "digest", "native", "steps", "made", "cases", "set")
-    names += ("workers", "cores", "cpu", "torch", "diffusers", "python")
+    names = "date commit model digest native steps made cases set workers cores cpu torch"
+    names = f"{names} diffusers python"
     results = {
-        "about": dict.fromkeys(names, "?") | {"guidance": 5.0, "minutes": 1.0},
+        "about": dict.fromkeys(names.split(), "?") | {"guidance": 5.0, "minutes": 1.0},
         "rows": figures.rows(part, records),
         "gates": figures.gates(figures.rows(part, records)),
         "seconds": figures.seconds(records),
@@ -196,4 +197,4 @@ def test_tables_take_their_place_in_a_readme(tmp_path: Path) -> None:
     ],
 )
 def test_figures_are_told_with_their_intervals(figure: Any, said: str) -> None:
-    assert page.shown(figure) == said
+    assert shown(figure) == said
