@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,14 @@ import click
 from diffedit.cli import quiet_libraries, verbose_option
 
 
+def _show_schema(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        from diffedit.training import config as files
+
+        click.echo(json.dumps(files.schema(), indent=2))
+        context.exit()
+
+
 @click.command(short_help="Train or fine-tune a part of a model on your pictures.")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--resume", is_flag=True, help="Go on from the checkpoints of an earlier run.")
@@ -20,6 +29,14 @@ from diffedit.cli import quiet_libraries, verbose_option
     "--max-minutes",
     type=click.FloatRange(min=0, min_open=True),
     help="Stop after this long, so that --resume goes on.",
+)
+@click.option(
+    "--schema",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_schema,
+    help="Print the JSON schema of the file, for editors, and stop.",
 )
 @click.option("--dry-run", is_flag=True, help="Check everything and say what it needs, then stop.")
 @verbose_option

@@ -52,7 +52,7 @@ class Data(_Value):
 
     folder: LocalPath | None = Field(None, description="Folder of pictures, with its subfolders")
     captions: LocalPath | None = Field(
-        None, description="A .jsonl or .parquet file with 'image', 'text' and perhaps 'hint'"
+        None, description="A .jsonl or .parquet file with 'image', 'caption' and perhaps 'hint'"
     )
     world: Mixes | dict[Mixes, Annotated[float, Field(gt=0)]] | None = Field(
         None, description="Drawn scenes: a mix's name, or several with their shares"
@@ -61,10 +61,10 @@ class Data(_Value):
     count: int = Field(8192, ge=1, description="How many scenes of the world are drawn")
     first: int = Field(0, ge=0, description="Number of the first scene of the world")
     side: int = Field(256, ge=16, le=2048, description="Side of the square pictures, in pixels")
-    caption: str | None = Field(
-        None,
-        description='Of pictures in a folder: this text; "name" for the file\'s name;'
-        " none for the .txt file beside each picture",
+    caption: str = Field(
+        ".txt",
+        description="Of pictures in a folder: this text; .txt for the text file beside each"
+        " picture; name for the picture's own file name",
     )
     views: int = Field(1, ge=1, description="How many crops of each picture there are")
     flip: bool = Field(False, description="Whether some of the views are mirrored")
@@ -283,6 +283,37 @@ KINDS: dict[str, type[Training]] = {
 }
 
 _ADAPTER: TypeAdapter[Training] = TypeAdapter(AnyTraining)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of a training file, for editors that check as one types.
+
+    A stage's settings may stand beside ``stages`` for all of them, so there nothing is required.
+    """
+    single = _ADAPTER.json_schema()
+    definitions: dict[str, Any] = single.pop("$defs")
+    settings: dict[str, Any] = {}
+    for kind in KINDS.values():
+        settings |= definitions[kind.__name__]["properties"]
+    settings["train"] = {"enum": list(KINDS), "title": "Train"}
+    several = {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/Stage"}}
+    definitions["Stage"] = {
+        "type": "object",
+        "properties": settings,
+        "additionalProperties": False,
+    }
+    staged = {
+        "type": "object",
+        "properties": settings | {"stages": several},
+        "required": ["stages"],
+        "additionalProperties": False,
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Training",
+        "anyOf": [single, staged],
+        "$defs": definitions,
+    }
 
 
 def load(path: str | Path) -> list[Training]:

@@ -203,9 +203,9 @@ class Folder(_Files):
     Args:
         path: the folder.
         side: of the examples, in pixels.
-        caption: ``"file name"`` (underscores are spaces, a counter such as ``_003`` or `` (2)`` at
-            the end is dropped), ``".txt"`` (a text file of the picture's name beside it), or a text
-            for all, which may be empty.
+        caption: ``"name"``, the file's (underscores are spaces, a counter such as ``_003`` or
+            `` (2)`` at the end is dropped), ``".txt"`` (a text file of the picture's name beside
+            it), or a text for all, which may be empty.
         views: how pictures are framed.
 
     Raises:
@@ -216,7 +216,7 @@ class Folder(_Files):
         self,
         path: str | Path,
         side: int,
-        caption: str = "file name",
+        caption: str = "name",
         *,
         views: Views = Views(),
     ) -> None:
@@ -242,11 +242,11 @@ class Folder(_Files):
                 "%s: left out %d files such as %s: not %s", root, len(unread), unread[0], kinds
             )
         entries = [_Entry(name, p, _caption(p, caption)) for name, p in pictures]
-        if caption in ("file name", ".txt") and (bare := [e for e in entries if not e.caption]):
-            lack = "no words in their names" if caption == "file name" else "no .txt with a caption"
+        if caption in ("name", ".txt") and (bare := [e for e in entries if not e.caption]):
+            lack = "no words in their names" if caption == "name" else "no .txt with a caption"
             raise InputError(
                 f"{root}: {len(bare)} of {len(entries)} pictures have {lack}, such as "
-                f"{bare[0].name}; caption may be 'file name', '.txt' or one text for all"
+                f"{bare[0].name}; caption may be 'name', '.txt' or one text for all"
             )
         super().__init__(root.resolve().name, entries, side, views)
 
@@ -401,7 +401,7 @@ def _framed(
 
 
 def _caption(path: Path, caption: str) -> str:
-    if caption == "file name":
+    if caption == "name":
         stem = re.sub(r"([_-]\d+|\s*\(\d+\))$", "", path.stem).replace("_", " ")
         return " ".join(stem.split()) if re.search(r"[^\W\d_]", stem) else ""
     if caption != ".txt":

@@ -41,9 +41,7 @@ def source(data: Data, seed: int) -> Source:
     if data.captions is not None:
         return check(Captioned(data.captions, data.side, views=views))
     assert data.folder is not None
-    words = {None: ".txt", "name": "file name"}.get(data.caption, data.caption)
-    assert words is not None
-    return check(Folder(data.folder, data.side, words, views=views))
+    return check(Folder(data.folder, data.side, data.caption, views=views))
 
 
 class Latents:

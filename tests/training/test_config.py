@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
+import jsonschema
 import pytest
 from click.testing import CliRunner
+from ruamel.yaml import YAML
 
 from diffedit.cli import main
 from diffedit.cli.train import train
@@ -107,6 +111,38 @@ def test_a_dry_run_says_what_it_needs_and_writes_no_result(
     assert main(["train", str(written(tmp_path, GOOD)), "--dry-run"]) == 0
     assert "needs about" in capfd.readouterr().err
     assert not (tmp_path / "runs/a/checkpoint.pt").exists()
+
+
+DOC = (Path(__file__).parents[2] / "docs" / "training.md").read_text("utf-8")
+
+
+def test_the_schema_takes_what_loads_and_refuses_the_rest(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["train", "--schema"]) == 0
+    schema = json.loads(capfd.readouterr().out)
+    check = jsonschema.Draft202012Validator(schema).is_valid
+    good = YAML(typ="safe").load(GOOD)
+    assert check(good)
+    assert check({"data": good["data"], "stages": [{"train": "autoencoder", "out": "a"}]})
+    assert not check(good | {"stepps": 3})
+    assert not check(good | {"steps": 0})
+    assert not check(good | {"objective": {"gama": 3}})
+    assert not check({"stages": []})
+    assert not check({k: v for k, v in good.items() if k != "out"})
+
+
+def test_the_page_names_every_setting() -> None:
+    kinds = [config.Data, config.Optimiser, config.Objective, *config.KINDS.values()]
+    names = {name for kind in kinds for name in kind.model_fields}
+    assert sorted(name for name in names if f"`{name}`" not in DOC) == []
+
+
+def test_the_files_on_the_page_are_right(tmp_path: Path) -> None:
+    files = re.findall(r"^```yaml\n(.*?)^```$", DOC, re.M | re.S)
+    assert len(files) == 2
+    for text in files:
+        assert config.load(written(tmp_path, text))
 
 
 def test_help_names_the_options() -> None:
