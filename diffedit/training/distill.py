@@ -1,0 +1,204 @@
+"""Few steps: latent consistency distillation into a LoRA."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import LCMScheduler
+from torch import Tensor, nn
+
+from diffedit.errors import InputError
+from diffedit.training import lora, losses
+from diffedit.training import parts as models
+from diffedit.training.config import DistillTraining, Objective
+from diffedit.training.denoising import Latents, samples, save_settings, source
+from diffedit.training.export import export
+from diffedit.training.loop import Picture, Rows
+from diffedit.training.optim import optimizers
+from diffedit.training.process import Diffusion, scaled
+
+_LAYERS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
+    "time_emb_proj",
+)
+"""What gets additions: all of a UNet's blocks, as for LCM-LoRA."""
+
+_C = 1e-3
+"""Of the pseudo-Huber loss: where it turns from squares to absolute values."""
+
+_SCALING, _SIGMA_DATA = 10.0, 0.5
+"""Of the boundary condition, as diffusers' ``LCMScheduler`` has them."""
+
+
+class DistillTask:
+    """A LoRA whose UNet says from any noise level where the teacher's trajectory ends.
+
+    Luo et al. 2023 (LCM, arXiv:2310.04378, algorithm 1; LCM-LoRA, arXiv:2311.05556) with the
+    guidance fixed instead of embedded. The teacher is the model as it was, with guidance folded in;
+    one DDIM step of it leads from t to the grid time before, where the target is taken. The target
+    network is the student itself without gradients, as Song & Dhariwal 2023 (arXiv:2310.14189,
+    section 3.2) recommend; ``ema`` averages what is exported, not the target.
+
+    The grid has ``solver_steps`` times, those from which ``LCMScheduler`` picks its own. It begins
+    at the last one, where a zero-terminal-SNR model sees noise alone: v and x_0 say there what the
+    picture is, so nothing is divided by the signal. It ends in the picture itself.
+    """
+
+    def __init__(self, training: DistillTraining, device: torch.device) -> None:
+        self.training, self.device = training, device
+        examples = source(training.data, training.seed)
+        self.parts = models.load(training.model, device)
+        unet = self.parts.unet
+        objective = Objective(gamma=None, dropout=0.0)
+        self.latents = Latents(training, objective, self.parts, examples, embeddings=True)
+        self.process, self.kind = self.latents.process, self.latents.kind
+        if not isinstance(self.process, Diffusion) or self.kind == "flow_prediction":
+            raise InputError(
+                f"{training.model} is a flow: distilling takes models with a schedule of betas"
+            )
+        self.stride = self.process.steps // training.solver_steps
+        if not self.stride:
+            raise InputError(
+                f"solver_steps {training.solver_steps}: should be at most the"
+                f" {self.process.steps} of the model"
+            )
+        # Its modules are its own, its weights are the student's: the LoRA lies beside them.
+        shared: dict[int, Any] = {id(p): p for p in unet.parameters()}
+        self.teacher = copy.deepcopy(unet, shared)
+        torch.manual_seed(training.seed + 1)
+        layers = [n for n in lora.layers_of(unet) if n.endswith(tuple(f".{e}" for e in _LAYERS))]
+        self.modules: Mapping[str, nn.Module] = {
+            "lora": lora.add(unet, layers, training.rank, training.rank)
+        }
+        if training.checkpointing:
+            unet.train()  # diffusers checkpoints nothing in evaluation mode
+            unet.enable_gradient_checkpointing()
+        self.optimizers: Sequence[torch.optim.Optimizer] = optimizers(
+            self.modules.values(), training.optimiser
+        )
+
+    def batch(self, step: int, generator: torch.Generator) -> Rows:
+        """Latents, noise, grid times and embeddings."""
+        rows = dict(self.latents.batch(step, generator))
+        rows["time"] = self.on_grid(rows["time"])
+        return rows
+
+    def on_grid(self, t: Tensor) -> Tensor:
+        """The nearest grid times not below ``t``, the last one for all above it."""
+        number = (t // self.stride).clamp_max(self.training.solver_steps - 1)
+        return (number + 1) * self.stride - 1
+
+    def loss(self, rows: Rows) -> Tensor:
+        """The mean of :meth:`errors`."""
+        return self.errors(rows).mean()
+
+    def errors(self, rows: Rows) -> Tensor:
+        """How far the student's ends from two neighbouring times are apart, (n,)."""
+        t = rows["time"]
+        x_t, words = self.latents.noised(rows)[0], self.latents.words(rows)
+        made = self.end(x_t, t, words)
+        with torch.no_grad():
+            before = t - self.stride
+            target = self.end(self.solved(x_t, t, before, words), before, words)
+        # The factor 2c taken out again: |x - y| but for the smallest errors (LCM, section 5.1).
+        return losses.huber(made, target, c=_C) / (2 * _C)
+
+    def end(self, x: Tensor, t: Tensor, words: Tensor) -> Tensor:
+        """f(x_t, t) = c_skip x_t + c_out x_0(x_t, t): x itself at t <= 0.
+
+        Song et al. 2023 (arXiv:2303.01469, section 3 and appendix C), in the discrete time of LCM.
+        """
+        steps = self.process.timestep(t.clamp_min(0)).to(self.device)
+        predicted = self.parts.unet(x, steps, encoder_hidden_states=words).sample
+        skip, out = boundary(t)
+        x0 = self.process.x0(self.kind, predicted.to(x.dtype), x, t)
+        return scaled(skip, x) + scaled(out, x0)
+
+    def solved(self, x: Tensor, t: Tensor, before: Tensor, words: Tensor) -> Tensor:
+        """One DDIM step of the guided teacher (Song et al. 2021, arXiv:2010.02502, eq. 12, η = 0).
+
+        Guidance is Ho & Salimans 2022 (arXiv:2207.12598), of whatever the model predicts.
+        """
+        steps = self.process.timestep(t).to(self.device)
+        guidance = self.training.guidance
+        if guidance == 1:
+            predicted = self.teacher(x, steps, encoder_hidden_states=words).sample
+        else:
+            empty = self.latents.cache.empty()[1]
+            assert empty is not None  # the text encoder is frozen, so embeddings are kept
+            both = torch.cat([words, empty.to(words).expand_as(words)])
+            twice = self.teacher(
+                torch.cat([x, x]), torch.cat([steps, steps]), encoder_hidden_states=both
+            ).sample
+            asked, free = twice.chunk(2)
+            predicted = free + guidance * (asked - free)
+        predicted = predicted.to(x.dtype)
+        x0 = self.process.x0(self.kind, predicted, x, t)
+        return self.process.noised(x0, self.process.epsilon(self.kind, predicted, x, t), before)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """The loss on held-out examples, at fixed noise and evenly spread times."""
+        found = [
+            self.errors({**rows, "time": self.on_grid(rows["time"])})
+            for rows in self.latents.held_rows()
+        ]
+        return {"validation loss": float(torch.cat(found).mean())} if found else {}
+
+    def scheduler(self) -> LCMScheduler:
+        """What samples the result in ``few`` steps."""
+        config = dict(self.parts.scheduler.config) | {"prediction_type": self.kind}
+        made: LCMScheduler = LCMScheduler.from_config(
+            config,
+            original_inference_steps=self.training.solver_steps,
+            timestep_scaling=_SCALING,
+        )
+        return made
+
+    def pictures(self) -> list[tuple[str, Picture]]:
+        """A sample of every prompt in ``few`` steps, without guidance."""
+        few, prompts = self.training.few, self.training.prompts
+        return samples(self.parts, prompts, scheduler=self.scheduler(), steps=few, guidance=1.0)
+
+    def export(self, folder: Path) -> None:
+        """The LoRA and its scheduler in diffusers' format; in ``fused`` a whole model with it."""
+        unet, few = self.parts.unet, self.training.few
+        fused = copy.deepcopy(unet)
+        fused.fuse_lora()
+        fused.unload_lora()
+        parts = replace(self.parts, unet=fused, scheduler=self.scheduler())
+        factor = 2 ** (len(parts.vae.config.block_out_channels) - 1)
+        about = {"train": "distill", "model": self.training.model, "rank": self.training.rank}
+        with lora.whole(folder) as made:
+            export(made / "fused", parts, side=factor * int(unet.config.sample_size))
+            lora.save(made, copy.deepcopy(unet).half())
+            self.scheduler().save_pretrained(made / "scheduler")
+            save_settings(made, about | {"scheduler": "lcm", "steps": few, "guidance": 1.0})
+            (made / "README.md").write_text(_NOTE.format(few=few), "utf-8")
+
+
+_NOTE = """\
+`pytorch_lora_weights.safetensors` makes the model it was trained on draw in {few} steps, without
+guidance. In diffusers:
+
+    pipeline.load_lora_weights("this folder")
+    pipeline.scheduler = LCMScheduler.from_pretrained("this folder", subfolder="scheduler")
+    pipeline(prompt, num_inference_steps={few}, guidance_scale=1.0)
+
+`fused` is the whole model with the additions in its weights, for diffusers and for diffedit:
+
+    Editor.load("this folder/fused")     # scheduler "lcm" is its own; steps {few}, guidance 1
+"""
+
+
+def boundary(t: Tensor) -> tuple[Tensor, Tensor]:
+    """(c_skip, c_out) at grid times t, (n,) float64; 1 and 0 at t <= 0, the picture itself."""
+    time = _SCALING * t.clamp_min(0).double()
+    square = time.square() + _SIGMA_DATA**2
+    return _SIGMA_DATA**2 / square, time / square.sqrt()
