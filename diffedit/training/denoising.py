@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from diffedit.errors import InputError
@@ -214,22 +214,31 @@ def kind_of(scheduler: Any) -> Kind:
 
 def _process(objective: Objective, scheduler: Any) -> tuple[Process, Kind]:
     kind: Kind = objective.target or kind_of(scheduler)
-    if kind == "flow_prediction" and not hasattr(scheduler, "scale_noise"):
+    if objective.target == "flow_prediction":
         return RectifiedFlow(objective.shift), kind
+    process = Process.of(scheduler)
+    if isinstance(process, RectifiedFlow) and kind != "flow_prediction":
+        raise InputError(f"target {kind}: the model is a flow, its target is flow_prediction")
     if kind == "epsilon" and scheduler.config.get("rescale_betas_zero_snr"):
         raise InputError(
             "target epsilon says nothing where the schedule has no signal left: take v_prediction"
         )
-    return Process.of(scheduler), kind
+    return process, kind
 
 
 def scheduler_for(objective: Objective, scheduler: Any) -> Any:
-    """The scheduler that samples what was trained."""
-    kind = objective.target
-    if kind is None or kind == scheduler.config.get("prediction_type"):
+    """The scheduler that samples what was trained, with ``StableDiffusionPipeline`` too."""
+    process, kind = _process(objective, scheduler)
+    if isinstance(process, RectifiedFlow):
+        # That pipeline cannot use FlowMatchEulerDiscreteScheduler, which says no init_noise_sigma.
+        return DPMSolverMultistepScheduler(
+            num_train_timesteps=process.steps,
+            prediction_type=kind,
+            use_flow_sigmas=True,
+            flow_shift=process.shift,
+        )
+    if kind == kind_of(scheduler):
         return scheduler
-    if kind == "flow_prediction":
-        return FlowMatchEulerDiscreteScheduler(shift=objective.shift)
     return type(scheduler).from_config(scheduler.config, prediction_type=kind)
 
 
