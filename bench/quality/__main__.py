@@ -15,16 +15,18 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +57,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         number, workers = (int(v) for v in options.worker.split("/"))
         _work(_bench(options), options, number, workers)
         return 0
-    # A terminated run takes its processes with it.
+    with _stopped_whole():
+        return _run(options)
+
+
+@contextlib.contextmanager
+def _stopped_whole() -> Iterator[None]:
+    """A run that is told to end takes its processes with it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        return _run(options)
+        yield
     finally:
         signal.signal(signal.SIGTERM, previous)
 

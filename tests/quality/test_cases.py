@@ -33,7 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 EVERY = cases()
 SIDE = 128
 
-ASKED = ("colour", "shape", "relation", "background", "ground", "removed", "depth order")
+ASKED = ("colour", "shape", "relation", "background", "ground", "removed", "depth order",
+         "style")  # fmt: skip
 
 
 def test_there_are_enough_of_every_kind() -> None:
@@ -157,7 +158,11 @@ def test_the_right_picture_is_right(case: Case) -> None:
 def test_a_wrong_picture_is_wrong(case: Case) -> None:
     """The untouched source, or a picture of something else, shows nothing of what is asked."""
     if case.style is not None:
-        pytest.skip("what is asked is a style")
+        assert case.answer is not None
+        flat = pictures.answer(replace(case, answer=replace(case.answer, style="flat")), SIDE)
+        assert flat is not None
+        assert not verdicts(case, flat).get("style", False)
+        return
     if case.source is None:
         other = tuple(
             replace(one, colour=one.other, noun=_another(one)) for one in reversed(case.wanted)
@@ -197,6 +202,12 @@ def test_half_a_recolouring_is_none() -> None:
     left = pictures.mask(case, 0, SIDE)[:, : SIDE // 2].sum()
     share = left / pictures.mask(case, 0, SIDE).sum()
     assert judge(case, half, SIDE, 4)["colour"] == (share < 0.4)
+
+
+def test_what_is_covered_is_not_judged_by_its_shape() -> None:
+    covered = [case for case in EVERY if pictures.hidden(case, SIDE)]
+    assert len(covered) >= 10
+    assert all(judge(case, drawn(case), SIDE, 4)["shape"] for case in covered)
 
 
 def test_covering_in_the_wrong_order_is_seen() -> None:

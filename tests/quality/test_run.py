@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import ControlNetModel, StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
@@ -192,6 +193,29 @@ def test_without_the_edit_is_without_it(bench: Bench) -> None:
     assert not bare.declines(case)
     assert [type(one).__name__ for one in Ours(bench).edits(case, 0)] == ["Img2Img", "Style"]
     assert [type(one).__name__ for one in bare.edits(case, 0)] == ["Img2Img"]  # type: ignore[attr-defined]
+
+
+def test_a_hint_goes_through_the_model_s_own_net_on_both_sides(
+    bench: Bench, tmp_path: Path
+) -> None:
+    case = first("restructure", hint="canny")
+    assert Ours(bench).declines(case) == "no net" or bench.net("canny") is not None
+    folder = tmp_path / "model"
+    shutil.copytree(bench.source, folder, ignore=shutil.ignore_patterns("controlnet"))
+    net = ControlNetModel.from_unet(bench.parts.unet)
+    net.save_pretrained(folder / "controlnet" / "canny")
+    own = Bench(Editor.load(folder, device="cpu", dtype="float32"), steps=2)
+    bare, ours, theirs = ENGINES["without the edit"](own), Ours(own), Theirs(own)
+    assert [one.declines(case) for one in (ours, bare, theirs)] == ["", "", ""]
+    assert np.array_equal(ours.make(case), bare.make(case))  # its last layers are zero
+    with torch.no_grad():
+        for layer in net.controlnet_down_blocks:
+            torch.nn.init.normal_(layer.weight, std=0.1)
+    net.save_pretrained(folder / "controlnet" / "canny")
+    own = Bench(Editor.load(folder, device="cpu", dtype="float32"), steps=2)
+    assert not np.array_equal(Ours(own).make(case), bare.make(case))
+    assert Theirs(own).make(case).shape == (own.native, own.native, 3)
+    assert Theirs(own).declines(first("restructure", hint="depth")) == "no net"
 
 
 def test_a_distillation_is_run_with_its_own_steps(bench: Bench, tmp_path: Path) -> None:
