@@ -48,7 +48,7 @@ class Step:
         return self._x0()
 
     def preview(self) -> Tensor:
-        """A small look at what is coming, ``(b, 3, h, w)`` in [0, 1]."""
+        """A rough look at what is coming, ``(b, 3, h, w)`` in [0, 1]."""
         return self._look(self.x0)
 
 

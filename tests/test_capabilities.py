@@ -134,7 +134,7 @@ def test_observers_hear_of_every_pass_and_step(watched: Watched, observer: Obser
     assert observer.heard("pass_finished") == [None, None]
     steps = observer.heard("step_done")
     assert [step.index for step in steps] == [0, 1, 0, 1, 2]
-    assert steps[0].preview().shape == (1, 3, 8, 8)
+    assert steps[0].preview().shape == (1, 3, 64, 64)
     assert result.latents is not None
     assert torch.equal(steps[-1].latents, result.latents)
 

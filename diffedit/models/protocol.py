@@ -159,7 +159,7 @@ class LatentModel(Protocol):
         """Decode latents to pixels ``(b, 3, h, w)`` in [0, 1], float32."""
 
     def preview(self, x0: Tensor) -> Tensor:
-        """A cheap, small look at latents: ``(b, 3, h/grid, w/grid)`` in [0, 1], float32."""
+        """A cheap, rough look at latents: ``(b, 3, h, w)`` or smaller in [0, 1], float32."""
 
     def schedule(
         self, name: str | None, steps: int, at: float = 1.0, *, compat: bool = False

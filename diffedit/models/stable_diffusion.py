@@ -6,6 +6,7 @@ A diffusers pipeline serves as a bundle of components and loaders; it is never c
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -71,7 +72,7 @@ class StableDiffusion:
             for name, part in zip(("unet", "vae", "text_encoder"), self.parts(), strict=True)
         }
         self._rows = RowMap(())
-        self._look: Tensor | None = None
+        self._look: tuple[Tensor, Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -129,21 +130,27 @@ class StableDiffusion:
         return cast(Tensor, (pixels.float() / 2 + 0.5).clamp(0, 1))
 
     def preview(self, x0: Tensor) -> Tensor:
-        """The best linear map from a latent cell to its colour, fitted once on this VAE."""
+        """A cell's pixels as a linear map of the cell and its eight neighbours, fitted once.
+
+        About a four-hundredth of the decoder's time, and 21 to 25 dB from what it makes of drawn
+        scenes and photographs (the embedded model at 128 px; one colour to a cell: 19 to 22 dB).
+        """
         if self._look is None:
             self._look = self._fit_look()
-        colours = torch.einsum("bchw,ck->bkhw", _with_one(x0.float()), self._look)
-        return colours.clamp(0, 1)
+        pixels = F.conv2d(_with_edge(x0.float()), *self._look)
+        return F.pixel_shuffle(pixels, self.grid).clamp(0, 1)
 
-    def _fit_look(self) -> Tensor:
-        """Least squares from latents to mean colours, over a picture of smooth random colours."""
-        draw = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-        colours = F.interpolate(draw, scale_factor=self.grid // 2, mode="bicubic").clamp(0, 1)
-        pixels = F.interpolate(colours, scale_factor=4.0, mode="bilinear")
-        latents = _with_one(self.encode(pixels).float())  # (1, c + 1, h, w)
-        means = F.avg_pool2d(pixels, self.grid).to(latents)  # (1, 3, h, w)
-        a, b = latents.flatten(2)[0].T, means.flatten(2)[0].T
-        return cast(Tensor, torch.linalg.lstsq(a.cpu(), b.cpu()).solution.to(latents.device))
+    def _fit_look(self) -> tuple[Tensor, Tensor]:
+        """Least squares from the latents of a picture of everything to its pixels."""
+        pixels = _leaves(32 * self.grid)
+        latents = self.encode(pixels).float().cpu()
+        seen = F.unfold(_with_edge(latents), 3)  # (1, 9 c, cells)
+        a = torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1)[0].T.double()
+        b = F.pixel_unshuffle(pixels, self.grid).flatten(2)[0].T.double()
+        # A little ridge: neighbouring cells say nearly the same.
+        ridge = 1e-3 * len(a) * torch.eye(a.shape[1], dtype=a.dtype)
+        solution = torch.linalg.solve(a.T @ a + ridge, a.T @ b).float().to(self.device)
+        return solution[:-1].T.reshape(-1, self.channels, 3, 3), solution[-1]
 
     def schedule(
         self, name: str | None, steps: int, at: float = 1.0, *, compat: bool = False
@@ -224,8 +231,32 @@ class StableDiffusion:
         return cast(Tensor, made.to(self.device, self.dtype))
 
 
-def _with_one(latents: Tensor) -> Tensor:
-    return torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1)
+def _with_edge(latents: Tensor) -> Tensor:
+    return F.pad(latents, (1, 1, 1, 1), mode="replicate")
+
+
+def _leaves(side: int, count: int = 60) -> Tensor:
+    """Discs and bars of random colours on a smooth ground, (1, 3, side, side) in [0, 1].
+
+    Occluding forms of all sizes have the statistics of pictures (Lee, Mumford & Huang 2001,
+    "Occlusion models for natural images").
+    """
+    generator = torch.Generator().manual_seed(0)
+    ground = torch.rand(1, 3, 16, 16, generator=generator)
+    ground = F.interpolate(ground, scale_factor=4.0, mode="bicubic").clamp(0, 1)
+    picture = F.interpolate(ground, size=side, mode="bilinear")[0]
+    y, x = torch.meshgrid(torch.arange(side) / side, torch.arange(side) / side, indexing="ij")
+    for number in range(count):
+        left, top, size, turn, length = torch.rand(5, generator=generator).tolist()
+        radius, angle = 0.03 + 0.17 * size**2, math.pi * turn
+        u = (x - left) * math.cos(angle) + (y - top) * math.sin(angle)
+        v = (y - top) * math.cos(angle) - (x - left) * math.sin(angle)
+        bar = (u.abs() < radius) & (v.abs() < radius * (0.2 + length))
+        inside = u.square() + v.square() < radius**2 if number % 2 else bar
+        colour = torch.rand(3, 1, 1, generator=generator)
+        shaded = colour + 0.2 * length * (x + y - 1) if number % 3 else colour
+        picture = torch.where(inside, shaded, picture)
+    return picture[None].clamp(0, 1)
 
 
 class Family:
