@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -98,7 +98,9 @@ class _FlowTask:
         self.unet = _Network()
         self.latents = _Gaussian(training)
         self.modules: Mapping[str, nn.Module] = {"unet": self.unet}
-        self.optimizers = optimizers([self.unet], training.optimiser)
+        self.optimizers: Sequence[torch.optim.Optimizer] = optimizers(
+            [self.unet], training.optimiser
+        )
         self.batch = self.latents.batch
 
     def predict(self, x_t: Tensor, timestep: Tensor, words: Tensor | None = None) -> Tensor:
