@@ -280,9 +280,9 @@ def _work(bench: Bench, options: argparse.Namespace, number: int, workers: int) 
 
 def one(bench: Bench, case: Case, engine: Engine, thumbs: Path) -> dict[str, Any]:
     """Make one picture, judge it, keep a thumbnail of it."""
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     made = engine.make(case)
-    spent = time.perf_counter() - began
+    spent, cpu = time.perf_counter() - began, time.process_time() - busy
     values = judge(case, made, bench.native, bench.feather)
     record: dict[str, Any] = {
         "case": case.id,
@@ -290,6 +290,7 @@ def one(bench: Bench, case: Case, engine: Engine, thumbs: Path) -> dict[str, Any
         "values": values,
         "digest": measures.digest(made),
         "seconds": round(spent, 3),
+        "cpu": round(cpu, 3),
     }
     if case.category == "nothing":
         record["features"] = [float(f"{v:.6g}") for v in measures.features(made)]

@@ -83,8 +83,12 @@ def judge(case: Case, picture: Pixels, native: int, feather: int) -> Values:
 
 
 def style_judge() -> Callable[[Pixels], str] | None:
-    """The style classifier's verdict; None as long as there is no classifier."""
-    return None
+    """The style classifier's verdict; None where there is no classifier."""
+    try:
+        from diffedit.training.styles import WEIGHTS, style_of
+    except ImportError:
+        return None
+    return style_of if WEIGHTS.exists() else None
 
 
 def _pair(case: Case, picture: Pixels) -> Values:

@@ -77,7 +77,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         chance = f"{row['chance']:.3g}" if "chance" in row else ""
         lines.append(f"| {row['measure']}{arrow} | {n} | {' | '.join(figures)} | {chance} |")
     spent = ", ".join(f"{name} {value:g}" for name, value in results["seconds"].items())
-    lines += ["", f"Seconds a case (mean, with whatever else the machine did): {spent}."]
+    lines += ["", f"Seconds of CPU a case, on average: {spent or 'not measured'}."]
     if results["declined"]:
         lines += [
             "",
