@@ -163,7 +163,7 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
         twins = [torch.empty_like(p, device="meta").requires_grad_() for p in group["params"]]
         for twin in twins:
             twin.grad = torch.empty_like(twin)
-        groups.append({**group, "params": twins})
+        groups.append({**group, "params": twins, **({"fused": None} if "fused" in group else {})})
     try:
         twin_optimizer = type(optimizer)(groups)  # type: ignore[call-arg]
         twin_optimizer.step()

@@ -36,7 +36,7 @@ from diffedit.training.ema import Constant, Ema, Power
 from diffedit.training.logbook import Logbook
 from diffedit.training.optim import lr_factor
 from diffedit.training.precision import resolve
-from diffedit.training.threads import cores, in_parallel, one_core
+from diffedit.training.threads import cores, in_parallel, keep_memory, one_core
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +152,10 @@ def train(
         settings=training.model_dump(mode="json", exclude_unset=True),
         active=machine.is_main_process,
     )
-    with book, one_core() if machine.device.type == "cpu" else nullcontext():
+    on_cpu = machine.device.type == "cpu"
+    if on_cpu:
+        keep_memory()
+    with book, one_core() if on_cpu else nullcontext():
         loop.run(book, checkpoint, max_minutes)
     for name, module in task.modules.items():
         module.load_state_dict(ema.shadow[name])

@@ -102,7 +102,12 @@ def optimizers(modules: Iterable[nn.Module], how: Optimiser) -> list[torch.optim
     if others:
         made.append(
             torch.optim.AdamW(
-                others, lr=how.rate, betas=(0.9, 0.98), weight_decay=how.weight_decay
+                others,
+                lr=how.rate,
+                betas=(0.9, 0.98),
+                weight_decay=how.weight_decay,
+                # One pass over the weights instead of a dozen. On CUDA torch's default is as fast.
+                fused=all(param.device.type == "cpu" for param in others) or None,
             )
         )
     return made
