@@ -317,6 +317,8 @@ def test_ctrl_c_leaves_nothing_behind(here: Path, model: Path) -> None:
         "import os, signal, sys\n"
         "from diffedit.cli import main\n"
         "from diffedit.cli.edit import Progress\n"
+        # A shell that runs the tests in the background has them ignore it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "Progress.__call__ = lambda self, step: "
         "step.index == 2 and os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.exit(main())\n"
