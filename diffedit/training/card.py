@@ -267,6 +267,9 @@ TOLD = (
 )
 """The benchmark's measures that the card shows."""
 
+FEWEST = 6
+"""Rows of fewer cases than this are left out: they say too little."""
+
 _BESIDE = ("diffusers", "without the edit", "source", "drawn answer")
 """Whom the card holds the model's figures against."""
 
@@ -275,14 +278,15 @@ By `python -m bench.quality` on {date}, commit {commit}: {made} seeded cases (se
 diffedit's Editor, {steps} steps, guidance {guidance:g}. In brackets: 95 % intervals.
 *diffusers* is its own pipeline on the same weights and cases; *without* the hint or reference that
 the case is about; *source* the picture left as it was; *drawn* what the judges make of the right
-picture after the autoencoder, their ceiling. `bench/quality/README.md` says how it is measured."""
+picture after the autoencoder, their ceiling. `bench/quality/README.md` says how it is measured.
+Rows of fewer than {fewest} cases are left out."""
 
 
 def _quality(told: Mapping[str, Any] | None) -> str:
     if not told:
         return ""
     gates = [gate for gate in told["gates"] if " minus " not in gate["gate"]]
-    lines = ["", "## Measured quality", "", _READING.format(**told["about"]), ""]
+    lines = ["", "## Measured quality", "", _READING.format(**told["about"], fewest=FEWEST), ""]
     lines += ["| to be reached | figure | at least | |", "|---|---|---|---|"]
     lines += [
         f"| {gate['gate']} | {shown(gate['figure'])} | {gate['target']} | {gate['verdict']} |"
@@ -302,6 +306,8 @@ def _rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for row in rows:
         engines = row["engines"]
         if row["measure"] not in TOLD or "diffedit" not in engines:
+            continue
+        if engines["diffedit"][3] < FEWEST:
             continue
         where = ", ".join(part for part in (row["category"], row["group"]) if part)
         beside = " | ".join(shown(engines[e]) if e in engines else "" for e in _BESIDE)

@@ -32,6 +32,8 @@ BENCHMARK: dict[str, Any] = {
         | {"engines": {"diffedit": [0.9, 0.8, 0.95, 44], "diffusers": [0.7, 0.5, 0.8, 44]}},
         {"category": "add", "group": "drawn", "measure": "distance"}
         | {"engines": {"diffedit": [9.0, 8.0, 10.0, 44]}},
+        {"category": "add", "group": "rare", "measure": "shape"}
+        | {"engines": {"diffedit": [1.0, 0.4, 1.0, 3]}},
         {"category": "add", "group": "drawn", "measure": "colour"}
         | {"engines": {"diffusers": [0.7, 0.5, 0.8, 44]}},
     ],
@@ -80,6 +82,7 @@ def test_figures_stand_beside_their_controls_and_missing_ones_are_named(folder: 
     assert row in text
     assert "distance |" not in text
     assert "drawn: colour" not in text
+    assert "add, rare" not in text
     assert "3 with words that the model has not learnt and 2 with hints" in text
     assert "commit abc1234: 500 seeded cases (set 0123)" in text.replace("\n", " ")
 
