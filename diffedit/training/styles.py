@@ -4,8 +4,8 @@ It looks at statistics of the whole picture, which say what it is made of and no
 histograms of colours, of gradients at four scales, of fine lines (morphological top hats, Serra
 1982), and how gradients lie on the grid of a mosaic. A net with one hidden layer tells from them
 the style. It was fitted to drawn scenes alone, the same scenes in every style, two thirds of them
-through a random blur, noise and change of tone; it has seen neither a model's pictures nor those of an
-autoencoder. ``python -m diffedit.training.styles`` fits it again, in a few minutes.
+through a random blur, noise and change of tone; it has seen neither a model's pictures nor an
+autoencoder's. ``python -m diffedit.training.styles`` fits it again, in a few minutes.
 """
 
 from __future__ import annotations
