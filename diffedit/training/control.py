@@ -127,9 +127,7 @@ class ControlNetTask:
                 f"target {asked}: the model's UNet predicts {native}, leave target out"
             )
         factor = 2 ** (len(self.parts.vae.config.block_out_channels) - 1)
-        self.latents = Latents(
-            training, training.objective, self.parts, examples, embeddings=True
-        )
+        self.latents = Latents(training, training.objective, self.parts, examples, embeddings=True)
         self.net: Any = new_controlnet(self.parts.unet, factor=factor, small=training.small)
         models.quick(self.net)
         self.net.requires_grad_(True).train()

@@ -44,9 +44,7 @@ def load(source: str, device: torch.device) -> Parts:
         module.requires_grad_(False).eval().to(device)
     quick(unet)
     pipeline.vae.to(memory_format=torch.channels_last)
-    return Parts(
-        pipeline.vae, pipeline.tokenizer, pipeline.text_encoder, unet, pipeline.scheduler
-    )
+    return Parts(pipeline.vae, pipeline.tokenizer, pipeline.text_encoder, unet, pipeline.scheduler)
 
 
 def quick(unet: nn.Module) -> None:
