@@ -570,7 +570,9 @@ def cpu(*arguments: str) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["edit", "--help"], ["train", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["edit", "--help"], ["train", "--help"], ["--version"]]
+)
 def test_help_is_quick(arguments: list[str]) -> None:
     assert min(cpu(*arguments) for _ in range(3)) < 0.3
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffedit.errors import InputError, ModelError
@@ -47,7 +46,7 @@ def load(source: str, device: torch.device) -> Parts:
     return Parts(pipeline.vae, pipeline.tokenizer, pipeline.text_encoder, unet, pipeline.scheduler)
 
 
-def quick(unet: nn.Module) -> None:
+def quick(unet: Any) -> None:
     """Attention as a CPU trains it fastest at these sizes; elsewhere it stays what it is."""
     if next(unet.parameters()).device.type == "cpu":
         # The fused kernel's backward costs more there than the whole plain attention.

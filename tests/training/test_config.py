@@ -9,6 +9,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 from click.testing import CliRunner
+from pydantic import BaseModel
 from ruamel.yaml import YAML
 
 from diffedit.cli import main
@@ -133,7 +134,12 @@ def test_the_schema_takes_what_loads_and_refuses_the_rest(
 
 
 def test_the_page_names_every_setting() -> None:
-    kinds = [config.Data, config.Optimiser, config.Objective, *config.KINDS.values()]
+    kinds: list[type[BaseModel]] = [
+        config.Data,
+        config.Optimiser,
+        config.Objective,
+        *config.KINDS.values(),
+    ]
     names = {name for kind in kinds for name in kind.model_fields}
     assert sorted(name for name in names if f"`{name}`" not in DOC) == []
 

@@ -111,7 +111,7 @@ def test_a_pair_is_judged_by_what_stands_where(relation: str) -> None:
     swapped = draw(thing("blue", "star", x, y, 0.18), thing("red", "ring", u, v, 0.18))
     assert not judge_pair(swapped, *asked, relation).shapes
     alone = judge_pair(draw(thing("red", "star", x, y, 0.18)), *asked, relation)
-    assert not (alone.colours or alone.shapes or alone.relation or alone.opposite)
+    assert not any((alone.colours, alone.shapes, alone.relation, alone.opposite))
 
 
 def test_across_is_no_relation() -> None:

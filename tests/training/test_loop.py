@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ class LineTask:
         torch.manual_seed(training.seed)
         self.net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 8), nn.Linear(8, 2))
         self.modules: Mapping[str, nn.Module] = {"net": self.net}
-        self.optimizers = optimizers([self.net], training.optimiser)
+        self.optimizers: Sequence[torch.optim.Optimizer] = optimizers(
+            [self.net], training.optimiser
+        )
         self.size, self.broken_at, self.kill_at = training.batch, broken_at, -1
 
     def batch(self, step: int, generator: torch.Generator) -> Rows:
@@ -42,7 +44,8 @@ class LineTask:
         return {"x": x, "y": y if step != self.broken_at else y * float("nan")}
 
     def loss(self, rows: Rows) -> Tensor:
-        return (self.net(rows["x"]) - rows["y"]).square().mean()
+        made: Tensor = (self.net(rows["x"]) - rows["y"]).square().mean()
+        return made
 
     def validate(self) -> dict[str, float]:
         x = torch.linspace(-1, 1, 30).view(10, 3)

@@ -47,7 +47,7 @@ def test_muon_finds_the_least_squares_solution() -> None:
     wanted = torch.randn(12, 10, generator=generator)
     layer = nn.Linear(10, 12, bias=False)
     x = torch.randn(64, 10, generator=generator)
-    muon = Muon([layer.weight], lr=0.1)
+    muon = Muon(layer.parameters(), lr=0.1)
     steps = 300
     for step in range(steps):
         muon.zero_grad()
