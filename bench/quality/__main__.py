@@ -1,8 +1,8 @@
 """Does an edit do what was asked, and only that?
 
-    python -m bench.quality --out /tmp/quality                   # all of it
-    python -m bench.quality --out /tmp/quality --limit 24        # a balanced part of it
-    python -m bench.quality --out /tmp/quality --readme --card   # and put the tables where they go
+    python -m bench.quality --out runs/quality                   # all of it
+    python -m bench.quality --out runs/quality --limit 24        # a balanced part of it
+    python -m bench.quality --out runs/quality --readme --card   # and put the tables where they go
 
 The same command goes on where a killed run stopped. See README.md in this folder.
 """
