@@ -11,8 +11,8 @@ import numpy as np
 from bench.quality import intervals, measures, pictures
 from bench.quality.cases import CATEGORIES, HINTS, Case
 from bench.quality.intervals import Estimate
+from diffedit.training.styles import JUDGED
 from diffedit.training.world.forms import SHAPES
-from diffedit.training.world.scenes import STYLES
 from diffedit.training.world.things import COLOURS, OBJECTS
 
 Record = Mapping[str, Any]
@@ -108,7 +108,7 @@ def _chance(measure: str, part: Sequence[Case]) -> float | None:
             if case.wanted
         ]
         return float(np.mean(each))
-    fixed = {"relation": 0.5, "style": 1 / len(STYLES), "background": 1 / len(COLOURS),
+    fixed = {"relation": 0.5, "style": 1 / len(JUDGED), "background": 1 / len(COLOURS),
              "ground": 1 / len(COLOURS), "depth order": 0.5}  # fmt: skip
     return fixed.get(measure)
 

@@ -26,6 +26,7 @@ from diffedit.training.judges import (
     judge_pair,
     largest_piece,
 )
+from diffedit.training.styles import WEIGHTS, style_of
 from diffedit.training.world.backdrops import Pixels
 from diffedit.training.world.forms import SHAPES
 from diffedit.training.world.paint import render
@@ -83,11 +84,7 @@ def judge(case: Case, picture: Pixels, native: int, feather: int) -> Values:
 
 
 def style_judge() -> Callable[[Pixels], str] | None:
-    """The style classifier's verdict; None where there is no classifier."""
-    try:
-        from diffedit.training.styles import WEIGHTS, style_of
-    except ImportError:
-        return None
+    """The style classifier's verdict; None where its weights are missing."""
     return style_of if WEIGHTS.exists() else None
 
 
