@@ -199,8 +199,7 @@ def serve(name: str, folder: Path, options: argparse.Namespace) -> None:
     """A contestant's process: takes a number of steps a line, tells what they took."""
     _, made, changes, _ = CONTESTANTS[name]
     with made(folder, options, **changes) as step:
-        before = _peak_mib()
-        print(json.dumps({"ready": True, "mib": before}), flush=True)
+        print(json.dumps({"mib": _peak_mib()}), flush=True)
         for line in sys.stdin:
             began, busy = time.perf_counter(), time.process_time()
             losses = [step() for _ in range(int(line))]
@@ -236,8 +235,7 @@ class Runner:
             env=os.environ | environment,
         )
         self.contestant = Contestant(self.title, lambda: None)
-        self.before = self._told()["mib"]
-        self.peak = self.before
+        self.peak: float = self._told()["mib"]
 
     def turn(self, steps: int, *, timed: bool = True) -> None:
         """Make steps while all others wait."""
@@ -324,25 +322,24 @@ def memory(folder: Path, options: argparse.Namespace) -> tuple[str, dict[str, An
     """Peak memory and time of checkpointing and of bf16, against plain fp32."""
     names = ["fp32", "fp32-check", "bf16", "bf16-check"]
     rows, data = [], []
-    first: tuple[float, Contestant] | None = None
+    plain: tuple[float, float] | None = None
     for name in names:  # one after another: two processes would share what memory there is
         with running([name], folder, options) as runners:
             runner = runners[name]
             for _ in range(options.rounds):
                 runner.turn(1)
-        one, added = runner.contestant, runner.peak - runner.before
-        first = first or (added, one)
+        one, busy = runner.contestant, median(runner.contestant.cpu)
+        plain = plain or (runner.peak, busy)
         rows.append(
-            f"| {one.name} | {runner.peak:.0f} | {added:.0f} ({added / first[0]:.2f}×)"
-            f" | {median(one.cpu):.2f} ({median(one.cpu) / median(first[1].cpu):.2f}×)"
-            f" | {_mean(runner.losses):.4f} |"
+            f"| {one.name} | {runner.peak:.0f} ({runner.peak - plain[0]:+.0f})"
+            f" | {busy:.2f} ({busy / plain[1]:.2f}×) | {_mean(runner.losses):.4f} |"
         )
-        data.append(one.record() | {"peak_mib": runner.peak, "before_mib": runner.before})
+        data.append(one.record() | {"peak_mib": runner.peak})
     title = f"memory: {_about(options)}"
     lines = [
         f"### {title}\n",
-        "| | peak MiB | of which the steps | CPU s per step | mean loss |",
-        "| --- | --- | --- | --- | --- |",
+        "| | peak MiB of the process | CPU s per step | mean loss |",
+        "| --- | --- | --- | --- |",
         *rows,
     ]
     return "\n".join(lines) + "\n", {"title": title, "contestants": data}
