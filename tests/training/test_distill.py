@@ -112,6 +112,10 @@ def test_the_picture_is_its_own_end(tmp_path: Path, small_model: Path) -> None:
     _stir(task)
     x, words = torch.randn(2, 4, 4, 4), torch.zeros(2, 32, 128)
     with torch.no_grad():
+        # Of v that is so by itself; a network that says x_0 would have it wrong.
+        task.kind = "sample"
+        assert torch.equal(task.end(x, torch.tensor([-1, -1]), words), x)
+        task.kind = "v_prediction"
         assert torch.equal(task.end(x, torch.tensor([-1, -1]), words), x)
         later = task.end(x, torch.tensor([999, 19]), words)
     assert bool(torch.isfinite(later).all())
@@ -262,7 +266,7 @@ def test_only_the_additions_are_trained_and_kept(tmp_path: Path, small_model: Pa
 
 
 def test_the_result_samples_in_four_steps(tmp_path: Path, small_model: Path) -> None:
-    task = _task(tmp_path, small_model, prompts=["a red circle"])
+    task = _task(tmp_path, small_model, prompts=["a red circle"], solver_steps=20)
     _stir(task)
     (title, own), *_ = task.pictures()
     assert title == "a red circle"
@@ -282,6 +286,7 @@ def test_the_result_samples_in_four_steps(tmp_path: Path, small_model: Path) -> 
             found = pipeline.unet(x, t, encoder_hidden_states=words).sample
             assert float((found - expected).abs().max()) < 0.003 * float(expected.abs().max())
     for pipeline in (fused, loaded):
+        assert pipeline.scheduler.config.original_inference_steps == 20
         pipeline.set_progress_bar_config(disable=True)
         made = pipeline(
             "a red circle",
