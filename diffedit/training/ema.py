@@ -13,12 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from diffedit.errors import InputError
+from diffedit.training.threads import cores, in_parallel
 
 Weights = dict[str, dict[str, Tensor]]
 """Module name to key to tensor."""
@@ -85,11 +87,12 @@ class Ema:
         rest = 1 - self.decay(step)
         for name, module in modules.items():
             shadow = self.shadow[name]
-            for key, value in module.state_dict().items():
-                if value.is_floating_point():
-                    shadow[key].lerp_(value.to(shadow[key]), rest)
-                else:
-                    shadow[key].copy_(value)
+            pairs = [(shadow[key], value) for key, value in module.state_dict().items()]
+            if all(value.device.type == "cpu" for _, value in pairs):
+                shares = [pairs[k :: cores()] for k in range(cores())]
+                in_parallel(partial(_move, rest=rest), shares)
+            else:
+                _move(pairs, rest)
 
     @contextmanager
     def applied(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -112,6 +115,16 @@ class Ema:
             raise InputError("only averages with a power profile can be combined: Ema(…, Power(γ))")
         copies = {n: {k: v.cpu().clone() for k, v in s.items()} for n, s in self.shadow.items()}
         return Snapshot(step, self.decay.gamma, copies)
+
+
+@torch.no_grad()  # of each thread its own
+def _move(pairs: Sequence[tuple[Tensor, Tensor]], rest: float) -> None:
+    """Move averages by ``rest`` of the way to the values beside them."""
+    for average, value in pairs:
+        if value.is_floating_point():
+            average.lerp_(value.to(average), rest)
+        else:
+            average.copy_(value)
 
 
 @dataclass(frozen=True, eq=False)

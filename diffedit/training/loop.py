@@ -247,7 +247,7 @@ class _Loop:
         if scaler is not None:
             for opt in self.task.optimizers:
                 scaler.unscale_(opt)
-        norm = nn.utils.clip_grad_norm_(self.params, shape.clip)
+        norm = self.clip(shape.clip)
         value = float(loss)
         # A scaler meets infinite gradients by skipping the step and scaling less.
         if not math.isfinite(value) or (scaler is None and not math.isfinite(float(norm))):
@@ -278,9 +278,8 @@ class _Loop:
             (self.machine.scaler.scale(loss) if self.machine.scaler else loss).backward()
             return loss.detach().double()
         done = in_parallel(partial(self.part, total=total), parts)
-        for param, *grads in zip(self.params, *(grads for _, grads in done), strict=True):
-            added = sum(grads[1:], start=grads[0])
-            param.grad = added if param.grad is None else param.grad + added
+        columns = list(zip(self.params, *(grads for _, grads in done), strict=True))
+        in_parallel(_add, [columns[k :: cores()] for k in range(cores())])
         return sum((loss for loss, _ in done[1:]), start=done[0][0])
 
     def part(self, rows: Rows, total: int) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -292,6 +291,17 @@ class _Loop:
         with self.machine.autocast() if self.machine.mixed_precision != "no" else nullcontext():
             loss = self.task.loss(rows)
         return loss * (_count(rows) / total)
+
+    def clip(self, most: float) -> Tensor:
+        """Scale the gradients down to a norm of ``most``; the norm they had."""
+        if self.machine.device.type != "cpu":
+            had: Tensor = nn.utils.clip_grad_norm_(self.params, most)
+            return had
+        shares = [self.params[k :: cores()] for k in range(cores())]
+        norms = in_parallel(_norm, shares)
+        norm: Tensor = torch.stack(norms).norm()
+        in_parallel(partial(_clip, most=most, norm=norm), shares)
+        return norm
 
     def clear(self) -> None:
         for param in self.params:
@@ -318,6 +328,22 @@ class _Loop:
             if last:
                 raise OutputError(message) from error
             log.warning("%s; training goes on", message)
+
+
+def _add(columns: Sequence[tuple[nn.Parameter, ...]]) -> None:
+    """Each parameter's gradient, as the sum of those that stand beside it."""
+    for param, *grads in columns:
+        added = sum(grads[1:], start=grads[0])
+        param.grad = added if param.grad is None else param.grad + added
+
+
+def _norm(params: Sequence[nn.Parameter]) -> Tensor:
+    norm: Tensor = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    return norm
+
+
+def _clip(params: Sequence[nn.Parameter], most: float, norm: Tensor) -> None:
+    nn.utils.clip_grads_with_norm_(params, most, norm)
 
 
 def _count(rows: Rows) -> int:
