@@ -12,8 +12,6 @@ import hashlib
 import json
 import logging
 import math
-import os
-import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +31,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffedit.errors import ImageError, InputError, ModelError, OutputError
 from diffedit.training.data import Example, Source, log_skipped, none_left
+from diffedit.training.files import whole_file
 from diffedit.training.threads import in_parallel
 
 log = logging.getLogger(__name__)
@@ -266,17 +265,9 @@ class LatentCache:
         self, path: Path, tensors: dict[str, Tensor], skipped: list[str], number: int
     ) -> None:
         about = {"key": self.key, "number": str(number), "skipped": json.dumps(skipped)}
-        unfinished = path.with_name(f".{secrets.token_hex(8)}.part")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with unfinished.open("xb") as file:
-                    file.write(save(tensors, about))
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(unfinished, path)
-            finally:
-                unfinished.unlink(missing_ok=True)
+            with whole_file(path) as file:
+                file.write(save(tensors, about))
         except OSError as error:
             raise OutputError(
                 f"{self.folder}: latents cannot be kept there ({error.strerror or error}), free "

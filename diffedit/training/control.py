@@ -8,9 +8,7 @@ with exactly the model as it is. The UNet and the text encoder are never changed
 from __future__ import annotations
 
 import copy
-import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,16 +24,17 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from diffedit.errors import InputError, OutputError
+from diffedit.errors import InputError
 from diffedit.training import parts as models
 from diffedit.training.config import ControlNetTraining
 from diffedit.training.data import Example, Pixels, Source
-from diffedit.training.denoising import Latents, Predict, kind_of, save_settings, source
+from diffedit.training.denoising import Latents, Predict, save_settings
 from diffedit.training.export import SHARD
+from diffedit.training.files import whole_folder
 from diffedit.training.hints import Hinted, canny
 from diffedit.training.loop import Picture, Rows
-from diffedit.training.optim import optimizers
 from diffedit.training.parts import Parts
+from diffedit.training.unet_task import UNetTask, must_fit
 
 _HINT = (16, 32, 96, 256)
 """Channels of the convolutions that bring a hint to the size of the latents."""
@@ -113,38 +112,29 @@ def _waken(net: Any, *, last: bool) -> None:
         nn.init.zeros_(convolution.bias)
 
 
-class ControlNetTask:
+class ControlNetTask(UNetTask[ControlNetTraining]):
     """A ControlNet for the model's frozen UNet, from hints that :class:`Hinted` gives."""
 
     def __init__(self, training: ControlNetTraining, device: torch.device) -> None:
-        torch.manual_seed(training.seed + 1)
-        self.training = training
-        examples = Hinted(source(training.data, training.seed), kind=training.kind)
-        self.parts = models.load(training.model, device)
-        asked, native = training.objective.target, kind_of(self.parts.scheduler)
-        if asked not in (None, native):
-            raise InputError(
-                f"target {asked}: the model's UNet predicts {native}, leave target out"
-            )
+        super().__init__(training, device)
+        must_fit(training.objective, self.parts, training.model)
         factor = 2 ** (len(self.parts.vae.config.block_out_channels) - 1)
-        self.latents = Latents(training, training.objective, self.parts, examples, embeddings=True)
+        self.latents = Latents(
+            training, training.objective, self.parts, self.examples, embeddings=True
+        )
         self.net: Any = new_controlnet(self.parts.unet, factor=factor, small=training.small)
         models.quick(self.net)
         self.net.requires_grad_(True).train()
         if training.checkpointing:
             self.net.enable_gradient_checkpointing()
-            self.parts.unet.enable_gradient_checkpointing()
-        self.modules: Mapping[str, nn.Module] = {"controlnet": self.net}
-        self.optimizers: Sequence[torch.optim.Optimizer] = optimizers(
-            self.modules.values(), training.optimiser
-        )
+        self.trains({"controlnet": self.net})
 
-    def batch(self, step: int, generator: torch.Generator) -> Rows:
-        """Latents, noise, times, embeddings and hints."""
-        return self.latents.batch(step, generator)
+    def found(self) -> Source:
+        """The examples, with hints of the training's kind."""
+        return Hinted(super().found(), kind=self.training.kind)
 
     def loss(self, rows: Rows) -> Tensor:
-        """The objective's."""
+        """The objective's, under the examples' hints."""
         return self.latents.loss(rows, self.following(rows["hints"]))
 
     def following(self, hints: Tensor) -> Predict:
@@ -220,19 +210,9 @@ def export_controlnet(folder: Path, net: ControlNetModel, kind: str) -> None:
     is replaced as a whole and is never seen half written. ``net`` stays in its precision.
     """
     half = copy.deepcopy(net).to("cpu", torch.float16).eval()
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-            made = Path(scratch) / "made"
-            half.save_pretrained(made, safe_serialization=True, max_shard_size=SHARD)
-            save_settings(made, {"kind": kind})
-            for file in made.rglob("*.safetensors"):
-                file.chmod(0o644)
-            if folder.exists():
-                os.replace(folder, Path(scratch) / "old")
-            os.replace(made, folder)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written ({error.strerror or error})") from error
+    with whole_folder(folder) as made:
+        half.save_pretrained(made, safe_serialization=True, max_shard_size=SHARD)
+        save_settings(made, {"kind": kind})
 
 
 # -- whether it can learn at all ------------------------------------------------------------------

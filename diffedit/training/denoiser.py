@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,13 +12,13 @@ from diffedit.errors import InputError
 from diffedit.training import parts as models
 from diffedit.training.config import DenoiserTraining
 from diffedit.training.data import Source
-from diffedit.training.denoising import Latents, samples, scheduler_for, source
+from diffedit.training.denoising import Latents, scheduler_for
 from diffedit.training.export import export
 from diffedit.training.grounding import Watched, grounding
-from diffedit.training.loop import Picture, Rows
-from diffedit.training.optim import optimizers
+from diffedit.training.loop import Rows
 from diffedit.training.parts import Parts
 from diffedit.training.text import HIDDEN, build_text_encoder, build_tokenizer
+from diffedit.training.unet_task import UNetTask
 from diffedit.training.world.source import Drawn
 
 _PHRASES = 4
@@ -29,7 +28,7 @@ _CAPTIONS = 30_000
 """Captions of which a new vocabulary is made."""
 
 
-class DenoiserTask:
+class DenoiserTask(UNetTask[DenoiserTraining]):
     """A UNet, and unless it is frozen its text encoder, on any objective.
 
     ``widths`` in the training makes a new UNet, ``text: new`` a new text encoder whose vocabulary
@@ -37,13 +36,10 @@ class DenoiserTask:
     """
 
     def __init__(self, training: DenoiserTraining, device: torch.device) -> None:
-        torch.manual_seed(training.seed + 1)
-        self.training = training
-        examples = source(training.data, training.seed)
-        self.parts = models.load(training.model, device)
+        super().__init__(training, device)
         parts, cells = self.parts, training.data.side // 8
         if training.text == "new":
-            renew_text(parts, examples, training.out / "tokenizer")
+            renew_text(parts, self.examples, training.out / "tokenizer")
         if training.widths is not None:
             hidden = int(parts.text_encoder.config.hidden_size)
             parts.unet = models.new_unet(
@@ -60,50 +56,28 @@ class DenoiserTask:
             training,
             training.objective,
             parts,
-            examples,
+            self.examples,
             embeddings=frozen,
             phrases=_PHRASES if training.grounding else 0,
         )
         if training.grounding and training.checkpointing:
             raise InputError("grounding and checkpointing do not go together: leave one out")
         self.watched = Watched(parts.unet) if training.grounding else None
-        self.modules: Mapping[str, nn.Module] = {"unet": parts.unet}
+        modules: dict[str, nn.Module] = {"unet": parts.unet}
         if not frozen:
-            self.modules = {**self.modules, "text_encoder": parts.text_encoder}
-        for module in self.modules.values():
+            modules["text_encoder"] = parts.text_encoder
+        for module in modules.values():
             module.requires_grad_(True).train()
-        if training.checkpointing:
-            parts.unet.enable_gradient_checkpointing()
-        self.optimizers: Sequence[torch.optim.Optimizer] = optimizers(
-            self.modules.values(), training.optimiser
-        )
-
-    def batch(self, step: int, generator: torch.Generator) -> Rows:
-        """Latents, noise, times and tokens."""
-        return self.latents.batch(step, generator)
+        self.trains(modules)
 
     def loss(self, rows: Rows) -> Tensor:
         """The objective's, and that of attention off the words' places."""
         if self.watched is None:
-            return self.latents.loss(rows, self.predict)
+            return super().loss(rows)
         with self.watched.recording() as attentions:
-            loss = self.latents.loss(rows, self.predict)
+            loss = super().loss(rows)
         phrases, spans = (rows[name].to(loss.device) for name in ("phrases", "spans"))
         return loss + self.training.grounding * grounding(attentions, phrases, spans).mean()
-
-    def predict(self, x_t: Tensor, timestep: Tensor, words: Tensor) -> Tensor:
-        """The UNet's prediction."""
-        made: Tensor = self.parts.unet(x_t, timestep, encoder_hidden_states=words).sample
-        return made
-
-    def validate(self) -> dict[str, float]:
-        """The loss on held-out examples."""
-        return self.latents.validate(self.predict)
-
-    def pictures(self) -> list[tuple[str, Picture]]:
-        """A sample of every prompt."""
-        scheduler = scheduler_for(self.training.objective, self.parts.scheduler)
-        return samples(self.parts, self.training.prompts, scheduler=scheduler)
 
     def export(self, folder: Path) -> None:
         """The whole model as a Stable Diffusion folder."""

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import LCMScheduler
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffedit.errors import InputError
 from diffedit.training import lora, losses
-from diffedit.training import parts as models
 from diffedit.training.config import DistillTraining, Objective
-from diffedit.training.denoising import Latents, samples, save_settings, source
+from diffedit.training.denoising import Latents, samples, save_settings
 from diffedit.training.export import export
+from diffedit.training.files import whole_folder
 from diffedit.training.loop import Picture, Rows
-from diffedit.training.optim import optimizers
 from diffedit.training.process import Diffusion, scaled
+from diffedit.training.unet_task import UNetTask
 
 _LAYERS = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
@@ -36,7 +35,7 @@ _SCALING, _SIGMA_DATA = 10.0, 0.5
 """Of the boundary condition, as diffusers' ``LCMScheduler`` has them."""
 
 
-class DistillTask:
+class DistillTask(UNetTask[DistillTraining]):
     """A LoRA whose UNet says from any noise level where the teacher's trajectory ends.
 
     Luo et al. 2023 (LCM, arXiv:2310.04378, algorithm 1; LCM-LoRA, arXiv:2311.05556) with the
@@ -51,12 +50,10 @@ class DistillTask:
     """
 
     def __init__(self, training: DistillTraining, device: torch.device) -> None:
-        self.training, self.device = training, device
-        examples = source(training.data, training.seed)
-        self.parts = models.load(training.model, device)
+        super().__init__(training, device)
         unet = self.parts.unet
         objective = Objective(gamma=None, dropout=0.0)
-        self.latents = Latents(training, objective, self.parts, examples, embeddings=True)
+        self.latents = Latents(training, objective, self.parts, self.examples, embeddings=True)
         self.process, self.kind = self.latents.process, self.latents.kind
         if not isinstance(self.process, Diffusion) or self.kind == "flow_prediction":
             raise InputError(
@@ -71,17 +68,8 @@ class DistillTask:
         # Its modules are its own, its weights are the student's: the LoRA lies beside them.
         shared: dict[int, Any] = {id(p): p for p in unet.parameters()}
         self.teacher = copy.deepcopy(unet, shared)
-        torch.manual_seed(training.seed + 1)
         layers = [n for n in lora.layers_of(unet) if n.endswith(tuple(f".{e}" for e in _LAYERS))]
-        self.modules: Mapping[str, nn.Module] = {
-            "lora": lora.add(unet, layers, training.rank, training.rank)
-        }
-        if training.checkpointing:
-            unet.train()  # diffusers checkpoints nothing in evaluation mode
-            unet.enable_gradient_checkpointing()
-        self.optimizers: Sequence[torch.optim.Optimizer] = optimizers(
-            self.modules.values(), training.optimiser
-        )
+        self.trains({"lora": lora.add(unet, layers, training.rank, training.rank)})
 
     def batch(self, step: int, generator: torch.Generator) -> Rows:
         """Latents, noise, grid times and embeddings."""
@@ -175,7 +163,7 @@ class DistillTask:
         parts = replace(self.parts, unet=fused, scheduler=self.scheduler())
         factor = 2 ** (len(parts.vae.config.block_out_channels) - 1)
         about = {"train": "distill", "model": self.training.model, "rank": self.training.rank}
-        with lora.whole(folder) as made:
+        with whole_folder(folder) as made:
             export(made / "fused", parts, side=factor * int(unet.config.sample_size))
             lora.save(made, copy.deepcopy(unet).half())
             self.scheduler().save_pretrained(made / "scheduler")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor
 
+from diffedit.training.files import whole_folder
 from diffedit.training.parts import Parts
 from diffedit.training.text import save_tokenizer
 
@@ -65,9 +64,7 @@ def export(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        made = Path(scratch) / "made"
+    with whole_folder(folder) as made:
         pipeline.save_pretrained(made, safe_serialization=True, max_shard_size=SHARD)
         save_tokenizer(parts.tokenizer, made / "tokenizer")
         # Objects come out whole at the size of the training only; a picture that is there already
@@ -80,14 +77,9 @@ def export(
         # transformers takes the dtype of the file unless the configuration names one; a pipeline
         # loaded without ``torch_dtype`` would then be half fp16 and half fp32, and fail.
         _edit(made / "text_encoder" / "config.json", dtype="float32", torch_dtype=None)
-        for file in made.rglob("*.safetensors"):
-            file.chmod(0o644)
         card = folder / "README.md"
         if card.exists():
             shutil.copy2(card, made / "README.md")
-        if folder.exists():
-            os.replace(folder, Path(scratch) / "old")
-        os.replace(made, folder)
 
 
 def _edit(config: Path, **changes: str | None) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffedit.errors import InputError
-from diffedit.training import parts as models
 from diffedit.training.config import InversionTraining
 from diffedit.training.data import Example, Source
-from diffedit.training.denoising import Latents, samples, save_settings, source
-from diffedit.training.loop import Picture, Rows
-from diffedit.training.lora import must_fit, whole
-from diffedit.training.optim import optimizers
+from diffedit.training.denoising import Latents, save_settings
+from diffedit.training.files import whole_folder
+from diffedit.training.unet_task import UNetTask, must_fit
 
 log = logging.getLogger(__name__)
 
@@ -124,49 +121,19 @@ def spelled(prompt: str, tokenizer: CLIPTokenizer) -> str:
     return made
 
 
-class InversionTask:
+class InversionTask(UNetTask[InversionTraining]):
     """A new word, trained on the model's objective. Nothing else changes."""
 
     def __init__(self, training: InversionTraining, device: torch.device) -> None:
-        torch.manual_seed(training.seed + 1)
-        self.training = training
-        examples = source(training.data, training.seed)
-        self.parts = models.load(training.model, device)
+        super().__init__(training, device)
         parts = self.parts
         must_fit(training.objective, parts, training.model)
         self.words = add_word(
             parts.tokenizer, parts.text_encoder, training.token, training.like, training.vectors
         ).to(device)
-        named = Named(examples, training.token, parts.tokenizer)
+        named = Named(self.examples, training.token, parts.tokenizer)
         self.latents = Latents(training, training.objective, parts, named, embeddings=False)
-        if training.checkpointing:
-            parts.unet.train()  # diffusers checkpoints nothing in evaluation mode
-            parts.unet.enable_gradient_checkpointing()
-        self.modules: Mapping[str, nn.Module] = {"words": self.words}
-        self.optimizers: Sequence[torch.optim.Optimizer] = optimizers(
-            self.modules.values(), training.optimiser
-        )
-
-    def batch(self, step: int, generator: torch.Generator) -> Rows:
-        """Latents, noise, times and tokens."""
-        return self.latents.batch(step, generator)
-
-    def loss(self, rows: Rows) -> Tensor:
-        """The objective's."""
-        return self.latents.loss(rows, self.predict)
-
-    def predict(self, x_t: Tensor, timestep: Tensor, words: Tensor) -> Tensor:
-        """The UNet's prediction."""
-        made: Tensor = self.parts.unet(x_t, timestep, encoder_hidden_states=words).sample
-        return made
-
-    def validate(self) -> dict[str, float]:
-        """The loss on held-out examples."""
-        return self.latents.validate(self.predict)
-
-    def pictures(self) -> list[tuple[str, Picture]]:
-        """A sample of every prompt."""
-        return samples(self.parts, self.training.prompts)
+        self.trains({"words": self.words})
 
     def export(self, folder: Path) -> None:
         """The word's vectors, for ``load_textual_inversion``, and what they belong to."""
@@ -174,6 +141,6 @@ class InversionTask:
         rows = self.words.table.weight.detach().cpu().contiguous()
         about: dict[str, Any] = {"train": "textual_inversion", "model": training.model}
         about |= {"token": training.token, "like": training.like, "vectors": training.vectors}
-        with whole(folder) as made:
+        with whole_folder(folder) as made:
             save_file({training.token: rows}, made / FILE)
             save_settings(made, about | {"steps": training.steps, "seed": training.seed})

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import signal
 import threading
 import time
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 from diffedit.errors import InputError, OutputError
 from diffedit.training.config import Training
 from diffedit.training.ema import Constant, Ema, Power
+from diffedit.training.files import whole_file
 from diffedit.training.logbook import Logbook
 from diffedit.training.optim import lr_factor
 from diffedit.training.precision import resolve
@@ -366,13 +366,8 @@ def _save(task: Task, ema: Ema, report: Report, checkpoint: Path, training: Trai
         "figures": report.figures,
         "seconds": report.seconds,
     }
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = checkpoint.with_suffix(".part")
-    try:
-        torch.save(state, unfinished)
-        os.replace(unfinished, checkpoint)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_file(checkpoint) as file:
+        torch.save(state, file)
 
 
 def _load(task: Task, ema: Ema, checkpoint: Path, training: Training) -> Report:

@@ -7,25 +7,20 @@ so that training starts from the model as it is.
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
-from torch import Tensor, nn
+from torch import nn
 
-from diffedit.errors import InputError, OutputError, nearest
-from diffedit.training import parts as models
-from diffedit.training.config import LoraTraining, Objective
-from diffedit.training.denoising import Latents, kind_of, samples, save_settings, source
-from diffedit.training.loop import Picture, Rows
-from diffedit.training.optim import optimizers
-from diffedit.training.parts import Parts
+from diffedit.errors import InputError, nearest
+from diffedit.training.config import LoraTraining
+from diffedit.training.denoising import Latents, save_settings
+from diffedit.training.files import whole_folder
+from diffedit.training.unet_task import UNetTask, must_fit
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The attention projections of a UNet, as diffusers names them."""
@@ -107,96 +102,28 @@ def save(folder: Path, unet: nn.Module, text_encoder: nn.Module | None = None) -
     StableDiffusionPipeline.save_lora_weights(folder, **saved)
 
 
-@contextmanager
-def whole(folder: Path) -> Iterator[Path]:
-    """A folder to write to, which takes the place of ``folder`` once all is written.
-
-    Raises:
-        OutputError: the disk is full, or must not be written to.
-    """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-            made = Path(scratch) / "made"
-            made.mkdir()
-            yield made
-            for file in made.rglob("*.safetensors"):
-                file.chmod(0o644)  # safetensors writes for the user alone
-            if folder.exists():
-                os.replace(folder, Path(scratch) / "old")
-            os.replace(made, folder)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written ({error.strerror or error})") from error
-
-
-def must_fit(objective: Objective, parts: Parts, model: str) -> None:
-    """Make sure that what is added to a model can be used with its scheduler.
-
-    Raises:
-        InputError: the objective asks for another target than the model predicts.
-    """
-    asked, native = objective.target, kind_of(parts.scheduler)
-    if asked not in (None, native):
-        raise InputError(
-            f"target {asked}: what is added to {model}, which predicts {native}, has to predict"
-            " the same: leave target out"
-        )
-
-
-class LoraTask:
+class LoraTask(UNetTask[LoraTraining]):
     """Additions to the UNet, and perhaps to the text encoder, trained on the model's objective."""
 
     def __init__(self, training: LoraTraining, device: torch.device) -> None:
-        torch.manual_seed(training.seed + 1)
-        self.training = training
-        examples = source(training.data, training.seed)
-        self.parts = models.load(training.model, device)
+        super().__init__(training, device)
         parts = self.parts
         must_fit(training.objective, parts, training.model)
         self.latents = Latents(
-            training, training.objective, parts, examples, embeddings=not training.text
+            training, training.objective, parts, self.examples, embeddings=not training.text
         )
         alpha = float(training.rank if training.alpha is None else training.alpha)
         named = {"attention": ATTENTION, "all": layers_of(parts.unet)}
         targets = [name for said in training.layers for name in named.get(said, (said,))]
-        self.modules: Mapping[str, nn.Module] = {
-            "unet": add(parts.unet, targets, training.rank, alpha)
-        }
+        modules = {"unet": add(parts.unet, targets, training.rank, alpha)}
         if training.text:
-            words = add(parts.text_encoder, TEXT_ATTENTION, training.rank, alpha)
-            self.modules = {**self.modules, "text_encoder": words}
-        if training.checkpointing:
-            parts.unet.train()  # diffusers checkpoints nothing in evaluation mode
-            parts.unet.enable_gradient_checkpointing()
-        self.optimizers: Sequence[torch.optim.Optimizer] = optimizers(
-            self.modules.values(), training.optimiser
-        )
-
-    def batch(self, step: int, generator: torch.Generator) -> Rows:
-        """Latents, noise, times and embeddings (token ids, where the text encoder is trained)."""
-        return self.latents.batch(step, generator)
-
-    def loss(self, rows: Rows) -> Tensor:
-        """The objective's."""
-        return self.latents.loss(rows, self.predict)
-
-    def predict(self, x_t: Tensor, timestep: Tensor, words: Tensor) -> Tensor:
-        """The UNet's prediction, with the additions."""
-        made: Tensor = self.parts.unet(x_t, timestep, encoder_hidden_states=words).sample
-        return made
-
-    def validate(self) -> dict[str, float]:
-        """The loss on held-out examples."""
-        return self.latents.validate(self.predict)
-
-    def pictures(self) -> list[tuple[str, Picture]]:
-        """A sample of every prompt."""
-        return samples(self.parts, self.training.prompts)
+            modules["text_encoder"] = add(parts.text_encoder, TEXT_ATTENTION, training.rank, alpha)
+        self.trains(modules)
 
     def export(self, folder: Path) -> None:
         """The additions, for ``load_lora_weights``, and what they belong to."""
         training = self.training
         about = {"train": "lora", "model": training.model, "rank": training.rank}
-        with whole(folder) as made:
+        with whole_folder(folder) as made:
             save(made, self.parts.unet, self.parts.text_encoder if training.text else None)
             save_settings(made, about | {"steps": training.steps, "seed": training.seed})

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from diffedit.errors import InputError, OutputError
 from diffedit.training.data import Pixels, Source
+from diffedit.training.files import whole_file
 from diffedit.training.threads import in_parallel
 
 log = logging.getLogger(__name__)
@@ -67,27 +66,19 @@ def _write(path: Path, source: Source) -> None:
         return example.image
 
     log.info("%s: keeping %d pictures in %s", source.name, len(source), path)
-    unfinished = path.with_name(f".{secrets.token_hex(8)}.part")
     header: dict[str, Any] = {
         "descr": "|u1",
         "fortran_order": False,
         "shape": (len(source), *first),
     }
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            # Not through a map: a full disk would end the process instead of raising an error.
-            with unfinished.open("xb") as file:
-                np.lib.format.write_array_header_1_0(file, header)
-                for start in range(0, len(source), _CHUNK):
-                    chunk = range(start, min(start + _CHUNK, len(source)))
-                    for image in in_parallel(picture, chunk):
-                        file.write(np.ascontiguousarray(image).tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        # Not through a map: a full disk would end the process instead of raising an error.
+        with whole_file(path) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for start in range(0, len(source), _CHUNK):
+                chunk = range(start, min(start + _CHUNK, len(source)))
+                for image in in_parallel(picture, chunk):
+                    file.write(np.ascontiguousarray(image).tobytes())
     except OSError as error:
         raise OutputError(
             f"{path.parent}: pictures cannot be kept there ({error.strerror or error}), free some"

@@ -12,11 +12,11 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffedit.errors import InputError, OutputError
+from diffedit.errors import InputError
 from diffedit.training import lora
 from diffedit.training.config import LoraTraining
 from diffedit.training.loop import Report, accelerator, train
-from diffedit.training.lora import ATTENTION, LoraTask, add, layers_of, whole
+from diffedit.training.lora import ATTENTION, LoraTask, add, layers_of
 from diffedit.training.parts import load, new_unet
 from diffedit.training.stages import run
 
@@ -196,20 +196,3 @@ def test_the_same_additions_are_the_same_bytes(tmp_path: Path) -> None:
     metadata = files[0].read_bytes()[8:].split(b"}}")[0]
     order = [metadata.index(name.encode()) for name in sorted(ATTENTION)]
     assert order == sorted(order)
-
-
-def test_a_result_is_whole_or_absent(tmp_path: Path) -> None:
-    folder = tmp_path / "result"
-
-    def fill() -> None:
-        with whole(folder) as made:
-            (made / "half").write_text("")
-            raise OSError(28, "No space left on device")
-
-    with pytest.raises(OutputError, match=r"result cannot be written \(No space"):
-        fill()
-    assert not folder.exists()
-    for text in ("first", "second"):
-        with whole(folder) as made:
-            (made / text).write_text(text)
-    assert [p.name for p in tmp_path.rglob("*")] == ["result", "second"]
