@@ -151,7 +151,7 @@ class Canvas:
 
     def to_work(self, full: Tensor) -> Tensor:
         """Map ``(n, c, H, W)`` over the full image to the working region, padded with the edge."""
-        return self._pad(self._resize(self._crop(full), self.frame.content), "replicate")
+        return self._pad(self._resize(self._crop(full), self.frame.content))
 
     def hint(self, picture: Picture) -> Tensor:
         """Map a picture of the whole image (a control hint) to the working region.
@@ -169,11 +169,22 @@ class Canvas:
         width, height = self.frame.content
         if crop.shape[-2:] != (height, width):
             crop = F.adaptive_max_pool2d(crop, (height, width))
-        return self._pad(crop, "constant")
+        return self._pad(crop)
 
     def mask_to_latent(self, mask: Tensor, grid: int) -> Tensor:
-        """Map a mask ``(n, 1, H, W)`` to latent cells: each takes the maximum of its pixels."""
-        return F.max_pool2d(self.mask_to_work(mask), grid)
+        """How freely each latent cell may change under a mask ``(n, 1, H, W)``, in [0, 1].
+
+        A cell has the largest value of its pixels, times the square of the share of it that the
+        mask covers. So one pixel is enough to release a cell, but what lies partly outside is
+        released late, when outlines are settled: what is made ends inside the mask, and the
+        paste-back cuts nothing off. The share is that of the best covered cell around it: a stroke
+        thinner than a cell is released at once.
+        """
+        work = self.mask_to_work(mask)
+        most = F.max_pool2d(work, grid)
+        share = F.avg_pool2d(work, grid) / most.clamp_min(1e-6)
+        around = F.max_pool2d(share, 3, stride=1, padding=1)
+        return most * (share / around.clamp_min(1e-6)).square()
 
     @property
     def region_pixels(self) -> Tensor:
@@ -228,8 +239,8 @@ class Canvas:
             pixels, (size[1], size[0]), mode="bicubic", antialias=True, align_corners=False
         ).clamp(0, 1)
 
-    def _pad(self, pixels: Tensor, mode: str) -> Tensor:
+    def _pad(self, pixels: Tensor) -> Tensor:
         right, bottom = self.size[0] - pixels.shape[-1], self.size[1] - pixels.shape[-2]
         if not right and not bottom:
             return pixels.contiguous()
-        return F.pad(pixels, (0, right, 0, bottom), mode=mode)
+        return F.pad(pixels, (0, right, 0, bottom), mode="replicate")

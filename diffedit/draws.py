@@ -34,7 +34,8 @@ class Draws:
         self.source: Tensor | None = None
         if self.keeps or (start and isinstance(start.value.latents, Canvas)):
             if not self.run.compat:
-                self.source = plan.given.latents_for(self.canvas.frame, mask)
+                masks = (mask, plan.merged.alpha)
+                self.source = plan.given.latents_for(self.canvas.frame, masks)
             if self.source is None:
                 self.source = self.encode(self.canvas.pixels)
         kind = self.model.dtype if self.run.compat else torch.float32

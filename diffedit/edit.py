@@ -303,8 +303,11 @@ class Contribution:
 
     Attributes:
         start: where sampling begins. Exclusive; without one it is pure noise.
-        mask: ``(1 or b, 1, H, W)`` over the full image, 1 = may change, values between are the
-            alpha of the paste-back. On the CPU. Maximum: the union of what edits may change.
+        mask: ``(1 or b, 1, H, W)`` over the full image, 1 = may change, values between change
+            late. On the CPU. Maximum: the union of what edits may change.
+        alpha: ``(1 or b, 1, H, W)`` over the full image: how much of what was made lies over the
+            picture in the end, as in an edge that fades beyond the mask; 0 leaves a pixel as it is.
+            On the CPU; the mask, where an edit gives none. Maximum.
         keep: ``(1 or b, 1, h, w)`` over the latent grid, or a function of the `Call` just made that
             returns one; 1 (from 0.5 on) = stays the source. Maximum: it only restricts further.
         conditioning: additions to the conditioning by the model's key. Union by key.
@@ -330,6 +333,7 @@ class Contribution:
 
     start: Start | None = _law(exclusive)
     mask: Tensor | None = _law(maximum)
+    alpha: Tensor | None = _law(maximum)
     keep: Tensor | Callable[[Call], Tensor] | None = _law(in_order)
     conditioning: Mapping[str, Tensor] = _law(union, {})
     channels: Mapping[str, Tensor | Pixels] = _law(union, {})
@@ -346,6 +350,11 @@ class Contribution:
     finish: Callable[[Tensor], Tensor] | None = _law(in_order, chained=True)
     during: tuple[float, float] = (0.0, 1.0)
 
+    @property
+    def pasted(self) -> Tensor | None:
+        """Where the picture is to be another in the end: `alpha`, or else the mask."""
+        return self.mask if self.alpha is None else self.alpha
+
 
 @dataclass(frozen=True)
 class Merged:
@@ -357,6 +366,7 @@ class Merged:
 
     start: Owned[Start] | None
     mask: Tensor | None
+    alpha: Tensor | None
     keep: tuple[Owned[Any], ...]
     conditioning: dict[str, Owned[Tensor]]
     channels: dict[str, Owned[Any]]
@@ -425,10 +435,11 @@ def merge(given: Sequence[tuple[Edit, Contribution]]) -> Merged:
     for part in fields(Contribution):
         if part.name == "during":
             continue
+        name = "pasted" if part.name == "alpha" else part.name
         owned = [
-            (edit, Owned(label, getattr(one, part.name), one.during, edit.scope, edit.name))
+            (edit, Owned(label, getattr(one, name), one.during, edit.scope, edit.name))
             for label, (edit, one) in zip(said, given, strict=True)
-            if _given(getattr(one, part.name))
+            if _given(getattr(one, name))
         ]
         if part.metadata["chained"]:
             _ordered(part.name, owned)
@@ -439,7 +450,7 @@ def merge(given: Sequence[tuple[Edit, Contribution]]) -> Merged:
         for _, one in given
     ]
     speaking = [names for names in named_by_each if names]
-    rests = all("finish" in names and names <= {"mask", "finish"} for names in speaking)
+    rests = all("finish" in names and names <= {"mask", "alpha", "finish"} for names in speaking)
     return Merged(**merged, rests=bool(speaking) and rests)
 
 

@@ -203,11 +203,11 @@ class _Trip:
         if self.merged.finish and not torch.isfinite(pixels).all():
             owners = ", ".join(part.owner for part in self.merged.finish)
             raise PluginError(owners, "finish returned values that are not finite (NaN or inf)")
-        mask = self.merged.mask
-        after = canvas.pasted(pixels, mask)
+        masks = (self.merged.mask, self.merged.alpha)
+        after = canvas.pasted(pixels, self.merged.alpha)
         self._lap("paste")
         kept = None if self.merged.finish else latents
-        return Outcome(Handover(after, kept, mask), latents, self.plan.record(self.timings))
+        return Outcome(Handover(after, kept, masks), latents, self.plan.record(self.timings))
 
     def _lap(self, phase: str) -> None:
         now = time.perf_counter()

@@ -47,19 +47,20 @@ class Handover:
     Attributes:
         canvas: the picture so far.
         latents: of the working region, ``(b, c, h, w)``; None when the pixels say more.
-        mask: the pass's mask over the full image.
+        masks: the pass's mask and alpha over the full image.
     """
 
     canvas: Canvas
     latents: Tensor | None = None
-    mask: Tensor | None = None
+    masks: tuple[Tensor | None, Tensor | None] = (None, None)
 
-    def latents_for(self, where: Frame, mask: Tensor | None) -> Tensor | None:
-        """The latents, if they are still good for a pass on `where` under `mask`."""
+    def latents_for(self, where: Frame, masks: tuple[Tensor | None, ...]) -> Tensor | None:
+        """The latents, if they are still good for a pass on `where` under these `masks`."""
         if self.latents is None or self.canvas.frame != where:
             return None
-        same = mask is self.mask or (
-            mask is not None and self.mask is not None and torch.equal(mask, self.mask)
+        same = all(
+            one is other or (one is not None and other is not None and torch.equal(one, other))
+            for one, other in zip(masks, self.masks, strict=True)
         )
         return self.latents if same else None
 
@@ -163,9 +164,9 @@ class Plan:
         found: dict[str, Box] = {}
         region = self.canvas.frame.region
         for label, one in zip(self.labels, made, strict=True):
-            if one.mask is None or not bool(one.mask.any()):
+            if one.pasted is None or not bool(one.pasted.any()):
                 continue
-            ys, xs = one.mask.amax(dim=(0, 1)).nonzero(as_tuple=True)
+            ys, xs = one.pasted.amax(dim=(0, 1)).nonzero(as_tuple=True)
             box = Box(int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)
             if region.contains(box):
                 continue
@@ -181,12 +182,14 @@ class Plan:
                 label, f"contribute returned {type(made).__name__}, not a Contribution"
             )
         width, height = self.canvas.image_size
-        if made.mask is not None:
-            mask = self.fitting(label, "mask", made.mask, (1, height, width), move=False)
+        for name, given in (("mask", made.mask), ("alpha", made.alpha)):
+            if given is None:
+                continue
+            mask = self.fitting(label, name, given, (1, height, width), move=False)
             if mask.device.type != "cpu":
-                raise PluginError(label, "mask must be on the CPU, where the canvas is")
+                raise PluginError(label, f"{name} must be on the CPU, where the canvas is")
             if not mask.is_floating_point() or not bool(((mask >= 0) & (mask <= 1)).all()):
-                raise PluginError(label, "mask must hold floating-point values in [0, 1]")
+                raise PluginError(label, f"{name} must hold floating-point values in [0, 1]")
         for part in (made.keep, *(term.weight for term in made.terms)):
             if isinstance(part, Tensor):
                 self.fitting(label, "keep or weight", part, (1, *self.latent_shape[1:]), move=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import measure, speed
+from bench import measure, speed, training
 from bench.measure import Contestant, Ratio
 
 
@@ -102,3 +102,17 @@ def test_the_readme_takes_the_tables_and_keeps_the_rest(
     monkeypatch.setattr(speed, "README", copy)
     speed._into_readme("new")
     assert copy.read_text("utf-8") == "a\n<!-- results -->\n\nnew\n<!-- /results -->\nb\n"
+
+
+def test_both_loops_train_the_same_from_the_same_start(tmp_path: Path) -> None:
+    options = training.parsed(["--side", "64", "--batch", "8", "--count", "8", "--warmup", "1"])
+    with training.running(["diffedit", "plain-1"], tmp_path, options) as runners:
+        for runner in runners.values():
+            runner.turn(1)
+    ours, plain = runners.values()
+    for one in (ours, plain):
+        assert len(one.contestant.seconds) == 1  # the first step is not timed
+        assert len(one.losses) == 2
+        assert one.peak > 100
+    # The same weights and pictures; noise and timesteps are each loop's own.
+    assert 0.5 < ours.losses[0] / plain.losses[0] < 2

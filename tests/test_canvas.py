@@ -112,6 +112,23 @@ def test_a_latent_cell_is_released_if_any_of_its_pixels_is_masked(
     assert 1 <= int((cells > 0).sum()) <= math.ceil(max(1, *scale)) ** 2 + 3
 
 
+def test_cells_that_are_masked_in_part_are_released_late_and_thin_strokes_at_once() -> None:
+    canvas = over((128, 128), [])
+    white = torch.zeros(1, 1, 128, 128)
+    white[..., 16:44, 16:40] = 0.8  # 3 columns and 3 1/2 rows of cells
+    white[..., 67:70, 8:120] = 1  # a stroke, 3 pixels high
+    cells = canvas.mask_to_latent(white, GRID)[0, 0]
+    assert torch.allclose(cells[2:5, 2:5], torch.full((3, 3), 0.8))
+    assert torch.allclose(cells[5, 2:5], torch.full((3,), 0.8 * 0.5**2))
+    assert (cells[8, 1:15] == 1).all()
+    assert int((cells > 0).sum()) == 12 + 14
+
+
+def test_the_pictures_own_edge_is_no_edge_of_a_mask() -> None:
+    canvas = over((77, 70), [])  # padded to 80x72
+    assert (canvas.mask_to_latent(torch.ones(1, 1, 70, 77), GRID) == 1).all()
+
+
 def test_nothing_of_what_is_pasted_reaches_beyond_alpha() -> None:
     canvas = over((211, 187), [Box(30, 30, 111, 108)])
     alpha = torch.zeros(1, 1, 187, 211)

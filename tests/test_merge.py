@@ -60,6 +60,7 @@ def test_every_field_has_a_law_and_a_test() -> None:
     assert laws == {
         "start": ("exclusive", False),
         "mask": ("maximum", False),
+        "alpha": ("maximum", False),
         "keep": ("in_order", False),
         "conditioning": ("union", False),
         "channels": ("union", False),
@@ -92,6 +93,16 @@ def test_mask_is_the_larger() -> None:
     assert torch.equal(both("mask", one, other), torch.tensor([[[[0.2, 0.5, 1.0]]]]))
     with pytest.raises(PluginError, match="b: mask"):
         both("mask", one, torch.zeros(1, 1, 2, 2))
+
+
+def test_alpha_is_the_larger_and_where_none_is_given_the_mask() -> None:
+    mask, alpha = torch.tensor([[[[0.0, 0.0, 1.0]]]]), torch.tensor([[[[0.2, 0.4, 0.3]]]])
+    merged = merge([(A(), giving(mask=mask)), (B(), giving(alpha=alpha, mask=alpha.ceil()))])
+    assert merged.alpha is not None
+    assert merged.mask is not None
+    assert torch.equal(merged.alpha, torch.tensor([[[[0.2, 0.4, 1.0]]]]))
+    assert torch.equal(merged.mask, torch.ones(1, 1, 1, 3))
+    assert merge([(A(), giving(prepare=nothing))]).alpha is None
 
 
 @pytest.mark.parametrize("field", ["conditioning", "channels"])

@@ -22,7 +22,7 @@ class Inpaint(Edit):
     """
 
     name: ClassVar[str] = "inpaint"
-    version: ClassVar[str] = "1.0.0"
+    version: ClassVar[str] = "1.1.0"
 
     mask: MaskField = Field(description="White where the picture is to change; greys change later")
     feather: int = Field(
@@ -46,11 +46,14 @@ class Inpaint(Edit):
         return box.grown(self.feather + self.margin)
 
     def contribute(self, run: Run) -> Contribution:
-        """The mask, faded over `feather` pixels outside it."""
+        """The mask, and an edge that fades over `feather` pixels outside it."""
         import torch
 
-        alpha = feathered(self._fitting(run.canvas.image_size), 0 if run.compat else self.feather)
-        return Contribution(mask=torch.tensor(alpha)[None, None])
+        mask = self._fitting(run.canvas.image_size)
+        alpha = feathered(mask, 0 if run.compat else self.feather)
+        return Contribution(
+            mask=torch.tensor(mask)[None, None], alpha=torch.tensor(alpha)[None, None]
+        )
 
     def _fitting(self, size: tuple[int, int]) -> npt.NDArray[np.float32]:
         mask = self.mask.mask
@@ -67,12 +70,13 @@ class Inpaint(Edit):
 
 
 def feathered(mask: npt.NDArray[np.float32], feather: int) -> npt.NDArray[np.float32]:
-    """The mask, with a ramp that falls to 0 over `feather` pixels outside it.
+    """The mask, with a smooth ramp that falls to 0 over `feather` pixels outside it.
 
     Args:
         mask: ``(h, w)`` in [0, 1].
-        feather: a pixel at Euclidean distance d from the nearest masked one gets
-            ``1 - d / (feather + 1)`` of that pixel's value, and 0 beyond `feather`.
+        feather: a pixel at Euclidean distance d from the nearest masked one gets ``1 - s(d /
+            (feather + 1))`` of that pixel's value, where s(t) = 3t² - 2t³, and 0 beyond `feather`.
+            The eye sees where a linear ramp has its kinks (Mach bands).
     """
     if feather == 0:
         return mask
@@ -89,7 +93,8 @@ def feathered(mask: npt.NDArray[np.float32], feather: int) -> npt.NDArray[np.flo
     )
     values = np.zeros(int(label.max()) + 1, np.float32)
     values[label[outside == 0]] = part[outside == 0]
-    ramp = np.where(distance <= feather, 1 - distance / (feather + 1), 0).astype(np.float32)
+    t = distance / (feather + 1)
+    ramp = np.where(distance <= feather, 1 - t * t * (3 - 2 * t), 0).astype(np.float32)
     faded = np.zeros_like(mask)
     faded[window] = np.where(outside == 0, part, ramp * values[label])
     return faded
