@@ -48,6 +48,7 @@ class ControlNet(Edit):
         description='How the hint is made from the image: a preprocessor\'s name, or "none" if the'
         " image is a hint already",
         max_length=64,
+        json_schema_extra={"registry": "preprocessors"},
     )
     image: ImageField | None = Field(
         None, description="What to take the hint from; none: the picture being edited"
