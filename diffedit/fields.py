@@ -5,6 +5,7 @@ JSON as a path when it was given as one, and otherwise as a lossless PNG: a file
 data URI. Three keys of pydantic's ``context`` matter, all optional:
 
 * ``base``: the folder that relative paths count from (default: the working directory);
+* ``files``: False refuses every path, for values from people who may not name files here;
 * ``store``: a folder that takes in-memory pictures when they are serialised.
 """
 
@@ -146,7 +147,13 @@ class ImageField:
     def _validate(cls, value: Any, info: core_schema.ValidationInfo[Any]) -> Self:
         if type(value) is cls:
             return value
-        return cls(value, base=_context(info).get("base"))
+        context = _context(info)
+        if context.get("files") is False and not _in_itself(value):
+            said = str(value)[:80]
+            raise ImageError(
+                f"{said} is a file's name, should be the picture itself (data:image/…)"
+            )
+        return cls(value, base=context.get("base"))
 
     def _serialise(self, info: core_schema.SerializationInfo[Any]) -> str:
         context = _context(info)
@@ -231,6 +238,17 @@ def _from_data_uri(uri: str) -> bytes:
         return base64.b64decode(uri[match.end() :], validate=True)
     except binascii.Error as error:
         raise ImageError(f"{uri[:40]!r}… does not hold valid base64 ({error})") from None
+
+
+def _in_itself(value: object) -> bool:
+    """Whether a value is a picture, and not the name of one."""
+    if isinstance(value, ImageField):
+        return value.path is None
+    if isinstance(value, Picture):
+        return True
+    if isinstance(value, str):
+        return value[:5].lower() == "data:"
+    return not isinstance(value, os.PathLike)
 
 
 def _relative(path: Path, base: str | os.PathLike[str] | None) -> str:

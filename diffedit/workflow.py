@@ -124,10 +124,13 @@ class Workflow(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings
         where: str = "workflow",
         overrides: Sequence[str] = (),
         plugins: Plugins | None = None,
+        files: bool = True,
     ) -> Self:
         """Read a workflow from YAML or JSON text; arguments as for `load` and `from_data`."""
         data, marks = override(*yaml.parse(text, where), overrides, plugins)
-        return cls.from_data(data, base=base, where=where, plugins=plugins, marks=marks)
+        return cls.from_data(
+            data, base=base, where=where, plugins=plugins, marks=marks, files=files
+        )
 
     @classmethod
     def from_data(
@@ -138,6 +141,7 @@ class Workflow(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings
         where: str = "workflow",
         plugins: Plugins | None = None,
         marks: yaml.Marks | None = None,
+        files: bool = True,
     ) -> Self:
         """Make a workflow of plain data, as YAML and JSON hold it.
 
@@ -146,6 +150,7 @@ class Workflow(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings
             where: what errors call the data.
             plugins: where edits are looked up; default: all that are installed.
             marks: where each part of the data was written, for errors.
+            files: whether it may name files; if not, pictures stand in it as data URIs.
 
         Raises:
             InputError: not a workflow; one line says what, where and what would be right.
@@ -154,7 +159,9 @@ class Workflow(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings
             said = "is empty" if data is None else f"holds {reprlib.repr(data)}"
             raise WorkflowError(f"{where} {said}, should be a workflow with 'passes:'")
         try:
-            return cls.model_validate(data, context={"base": base, "plugins": plugins})
+            return cls.model_validate(
+                data, context={"base": base, "plugins": plugins, "files": files}
+            )
         except ValidationError as error:
             raise explained(error, (cls, Pass), where, marks or {}, plugins) from None
 

@@ -275,3 +275,17 @@ def test_picture_handles_do_not_claim_a_path(folder: Path) -> None:
     handle = ImageField(edited)
     assert handle.path is None
     assert ImageField(handle.picture).digest == edited.digest
+
+
+@pytest.mark.parametrize("named", ["photo.png", "/etc/hostname", "no-such.png", Path("photo.png")])
+def test_where_files_may_not_be_named_every_path_is_refused_alike(
+    folder: Path, named: str | Path
+) -> None:
+    with pytest.raises(ValidationError, match=r"is a file's name, should be the picture itself"):
+        Both.model_validate({"image": named}, context={"base": folder, "files": False})
+    for one in (noise(2, 2), folder.joinpath("photo.png").read_bytes()):
+        made = Both.model_validate({"image": one}, context={"files": False})
+        assert made.image is not None
+        assert made.image.path is None
+        again = Both.model_validate(made.model_dump(mode="json"), context={"files": False})
+        assert again == made

@@ -29,8 +29,8 @@ class Pick(str):
     __slots__ = ()
 
 
-Picks = Callable[[Pick], str | None]
-"""What a pick stands for: the path of a picture, or None for "leave it out"."""
+Picks = Callable[[Pick], Any]
+"""What a pick stands for: a picture in any form that `ImageField` takes; None leaves it out."""
 
 
 def _uid() -> str:

@@ -1,0 +1,269 @@
+"""What a session has on its desk: the picture, its history, what was just made. Knows no Gradio."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+
+from diffedit import Picture, Result, Workflow
+from diffedit.errors import ImageError, InputError, MaskError, WorkflowError
+from diffedit.images import open_picture, read_mask, save_picture
+from diffedit_demo.history import History, Node
+from diffedit_demo.stack import Pick, Stack
+
+SHOWN_SIDE = 2048
+"""Pixels on the longer side of what a browser is given to show and to paint on."""
+
+THUMB_SIDE = 160
+MOST_PIXELS = 64_000_000
+KEYWORD = "diffedit"
+"""The PNG text that holds the workflow a picture was made by."""
+
+
+class Folder(Protocol):
+    """Where a session's files lie."""
+
+    @property
+    def folder(self) -> Path:
+        """A folder of its own."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A picture that was made and is not accepted yet."""
+
+    file: Path
+    shown: Path
+    seed: int
+    workflow: str
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """How two pictures differ, in pixels.
+
+    Attributes:
+        inside: changed where some mask of the workflow is white or grey.
+        outside: changed where none is; without masks, all that changed.
+        reach: how far from the masks the farthest of those lies; 0 without any.
+        masked: whether the workflow had masks.
+    """
+
+    inside: int
+    outside: int
+    reach: float
+    masked: bool
+
+
+@dataclass
+class Desk:
+    """One session's work."""
+
+    session: Folder
+    history: History = field(default_factory=History)
+    candidates: list[Candidate] = field(default_factory=list)
+    cancel: threading.Event = field(default_factory=threading.Event)
+    _count: int = 0
+
+    # --- opening ----------------------------------------------------------------------------------
+
+    def open(self, upload: Path, name: str = "") -> Node:
+        """Put a picture on the desk; its bytes are kept as they came.
+
+        Raises:
+            ImageError: not a picture, or one too large to work on here.
+        """
+        self._check_size(upload, name or upload.name)
+        picture = open_picture(upload)
+        file = self._new(upload.suffix.lower() or ".png")
+        shutil.copyfile(upload, file)
+        self.candidates = []
+        shown = self.show(picture)
+        return self.history.add(file, shown, name or upload.name, picture.size)
+
+    @staticmethod
+    def _check_size(file: Path, name: str) -> None:
+        """Refuse by the header alone what would fill the memory when it is decoded."""
+        try:
+            with PIL.Image.open(file) as header:
+                width, height = header.size
+        except PIL.Image.DecompressionBombError:
+            width = height = 1 << 20
+        except Exception:  # what Pillow does not know, diffedit.images may, or says why not
+            return
+        if width * height > MOST_PIXELS:
+            most = MOST_PIXELS // 10**6
+            raise ImageError(f"{name} has more than {most} million pixels: scale it down first")
+
+    def show(self, picture: Picture, side: int = SHOWN_SIDE) -> Path:
+        """A copy that a browser can show: 8 bits, no larger than `side`."""
+        image = picture.to_pil()
+        if image.mode not in ("RGB", "RGBA", "L"):
+            image = image.convert("RGBA" if picture.has_alpha else "RGB")
+        image.thumbnail((side, side), PIL.Image.Resampling.LANCZOS)
+        file = self._new(".png")
+        image.save(file, compress_level=1)
+        return file
+
+    # --- from the page to a workflow --------------------------------------------------------------
+
+    def workflow(
+        self,
+        stack: Stack,
+        masks: Mapping[str, Path],
+        *,
+        model: str,
+        seeds: Sequence[int],
+        size: tuple[int, int] | None,
+        plugins: Any = None,
+    ) -> Workflow:
+        """The workflow that the page shows; its pictures are in memory, so that it goes anywhere.
+
+        Raises:
+            InputError: says where, as ``passes.0.edits.1.inpaint.mask``.
+        """
+        data = stack.data(lambda pick: self.picked(pick, masks))
+        if not data["passes"]:
+            raise WorkflowError("there is no pass to run: add one, or switch one on")
+        data |= {"model": model, "seed": seeds[0] if len(seeds) == 1 else list(seeds)}
+        if size is not None and self.history.now is None:
+            data["size"] = list(size)
+        return Workflow.from_data(data, base=self.session.folder, where="the page", plugins=plugins)
+
+    def picked(self, pick: Pick, masks: Mapping[str, Path]) -> Any:
+        """The picture that a pick stands for.
+
+        Raises:
+            InputError: nothing is painted, or there is no such picture.
+        """
+        kind, _, name = pick.partition(":")
+        if kind == "layer":
+            return self._painted(name, masks)
+        if kind == "source":
+            if self.history.now is None:
+                raise InputError("there is no picture yet: open one")
+            return open_picture(self.history.now.file.read_bytes())
+        if kind == "result" and name.isdigit() and int(name) < len(self.history):
+            return open_picture(self.history.nodes[int(name)].file.read_bytes())
+        if kind == "file":
+            file = Path(name).resolve()
+            if file.is_relative_to(self.session.folder.resolve()) and file.is_file():
+                return open_picture(file.read_bytes())
+        raise InputError(f"{pick!r} is no picture of this session")
+
+    def _painted(self, name: str, masks: Mapping[str, Path]) -> npt.NDArray[np.uint8]:
+        now = self.history.now
+        if now is None or name not in masks:
+            raise MaskError(f"nothing is painted on mask {name}: paint where it is to change")
+        mask = read_mask(open_picture(masks[name]))
+        image = PIL.Image.fromarray((mask * 255).round().astype(np.uint8))
+        if image.size != now.size:
+            image = image.resize(now.size, PIL.Image.Resampling.BILINEAR)
+        # Strokes have soft edges on the screen; a mask's greys would mean "change later".
+        binary = np.where(np.asarray(image) >= 128, 255, 0).astype(np.uint8)
+        if not binary.any():
+            raise MaskError(f"nothing is painted on mask {name}: paint where it is to change")
+        return binary
+
+    # --- what came of it --------------------------------------------------------------------------
+
+    def finished(self, result: Result) -> None:
+        """Keep what was made as a candidate, with the workflow that makes just it."""
+        for picture, seed in zip(result.pictures, result.seeds, strict=True):
+            one = result.workflow.model_copy(update={"seed": seed})
+            text = one.to_yaml()
+            file = self._new(".png")
+            save_picture(picture, file, png_text={KEYWORD: text})
+            self.candidates.append(Candidate(file, self.show(picture), seed, text, picture.size))
+
+    def accept(self, index: int) -> Node:
+        """Go on with a candidate.
+
+        Raises:
+            InputError: there is none.
+        """
+        if not 0 <= index < len(self.candidates):
+            raise InputError("there is nothing to keep: run something first")
+        one = self.candidates[index]
+        now = self.history.now
+        title = f"seed {one.seed}"
+        parent = None if now is None else now.id
+        self.candidates = []
+        return self.history.add(one.file, one.shown, title, one.size, one.workflow, parent)
+
+    def changes(self, candidate: Candidate) -> Changes | None:
+        """What a candidate changed of the picture on the desk; None if they cannot be compared."""
+        now = self.history.now
+        if now is None or now.size != candidate.size:
+            return None
+        before, after = (open_picture(one).pixels for one in (now.file, candidate.file))
+        if before.shape != after.shape:
+            return None
+        where = before != after
+        where = where.any(axis=2) if where.ndim == 3 else where
+        masks = masks_of(Workflow.from_yaml(candidate.workflow))
+        if not masks:
+            return Changes(0, int(where.sum()), 0.0, False)
+        inside = np.maximum.reduce(masks) > 0
+        outside = where & ~inside
+        reach = 0.0
+        if outside.any():
+            import cv2
+
+            away = cv2.distanceTransform((~inside).astype(np.uint8), cv2.DIST_L2, 5)
+            reach = float(away[outside].max())
+        return Changes(int((where & inside).sum()), int(outside.sum()), reach, True)
+
+    def _new(self, suffix: str) -> Path:
+        self._count += 1
+        token = hashlib.sha256(f"{self.session.folder} {self._count}".encode()).hexdigest()[:12]
+        return self.session.folder / f"{self._count:04d}-{token}{suffix}"
+
+
+def masks_of(workflow: Workflow) -> list[npt.NDArray[np.float32]]:
+    """All masks that the edits of a workflow name."""
+    from diffedit import MaskField
+
+    return [
+        value.mask
+        for one in workflow.passes
+        for edit in one.edits
+        for value in (getattr(edit, name) for name in type(edit).model_fields)
+        if isinstance(value, MaskField)
+    ]
+
+
+def read_workflow(file: Path, plugins: Any = None) -> Workflow:
+    """A workflow from a file, or from a picture that was made by one.
+
+    It may name no file of this machine: pictures stand in it as data, as this page writes them.
+
+    Raises:
+        InputError: there is none, or it names files.
+    """
+    data = file.read_bytes()
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        try:
+            with PIL.Image.open(io.BytesIO(data)) as picture:
+                text = getattr(picture, "text", {}).get(KEYWORD)
+        except Exception as error:  # Pillow raises anything for what is damaged
+            raise WorkflowError(f"{file.name} cannot be read ({error})") from None
+        if text is None:
+            raise WorkflowError(f"{file.name} is a picture without a workflow in it")
+    else:
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise WorkflowError(f"{file.name} is no workflow: it is not UTF-8 text") from None
+    return Workflow.from_yaml(text, where=file.name, plugins=plugins, files=False)
