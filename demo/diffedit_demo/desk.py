@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +15,9 @@ import PIL.Image
 
 from diffedit import Picture, Result, Workflow
 from diffedit.errors import ImageError, InputError, MaskError, WorkflowError
-from diffedit.images import open_picture, read_mask, save_picture
+from diffedit.images import encode_png, open_picture, read_mask
 from diffedit_demo.history import History, Node
+from diffedit_demo.sessions import Session
 from diffedit_demo.stack import Pick, Stack
 
 SHOWN_SIDE = 2048
@@ -28,14 +27,6 @@ THUMB_SIDE = 160
 MOST_PIXELS = 64_000_000
 KEYWORD = "diffedit"
 """The PNG text that holds the workflow a picture was made by."""
-
-
-class Folder(Protocol):
-    """Where a session's files lie."""
-
-    @property
-    def folder(self) -> Path:
-        """A folder of its own."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +61,10 @@ class Changes:
 class Desk:
     """One session's work."""
 
-    session: Folder
+    session: Session
     history: History = field(default_factory=History)
     candidates: list[Candidate] = field(default_factory=list)
     cancel: threading.Event = field(default_factory=threading.Event)
-    _count: int = 0
 
     # --- opening ----------------------------------------------------------------------------------
 
@@ -86,9 +76,8 @@ class Desk:
         """
         self._check_size(upload, name or upload.name)
         picture = open_picture(upload)
-        file = self._new(upload.suffix.lower() or ".png")
-        shutil.copyfile(upload, file)
-        self.candidates = []
+        file = self.session.add(upload, upload.suffix.lower() or ".png", pinned=True)
+        self.discard()
         shown = self.show(picture)
         return self.history.add(file, shown, name or upload.name, picture.size)
 
@@ -112,9 +101,9 @@ class Desk:
         if image.mode not in ("RGB", "RGBA", "L"):
             image = image.convert("RGBA" if picture.has_alpha else "RGB")
         image.thumbnail((side, side), PIL.Image.Resampling.LANCZOS)
-        file = self._new(".png")
-        image.save(file, compress_level=1)
-        return file
+        data = io.BytesIO()
+        image.save(data, "PNG", compress_level=1)
+        return self.session.add(data.getvalue(), ".png", pinned=True)
 
     # --- from the page to a workflow --------------------------------------------------------------
 
@@ -183,8 +172,7 @@ class Desk:
         for picture, seed in zip(result.pictures, result.seeds, strict=True):
             one = result.workflow.model_copy(update={"seed": seed})
             text = one.to_yaml()
-            file = self._new(".png")
-            save_picture(picture, file, png_text={KEYWORD: text})
+            file = self.session.add(encode_png(picture, {KEYWORD: text}), ".png", pinned=True)
             self.candidates.append(Candidate(file, self.show(picture), seed, text, picture.size))
 
     def accept(self, index: int) -> Node:
@@ -199,8 +187,16 @@ class Desk:
         now = self.history.now
         title = f"seed {one.seed}"
         parent = None if now is None else now.id
-        self.candidates = []
+        del self.candidates[index]
+        self.discard()
         return self.history.add(one.file, one.shown, title, one.size, one.workflow, parent)
+
+    def discard(self) -> None:
+        """Let go of the candidates and of their files."""
+        for one in self.candidates:
+            self.session.remove(one.file)
+            self.session.remove(one.shown)
+        self.candidates = []
 
     def changes(self, candidate: Candidate) -> Changes | None:
         """What a candidate changed of the picture on the desk; None if they cannot be compared."""
@@ -224,11 +220,6 @@ class Desk:
             away = cv2.distanceTransform((~inside).astype(np.uint8), cv2.DIST_L2, 5)
             reach = float(away[outside].max())
         return Changes(int((where & inside).sum()), int(outside.sum()), reach, True)
-
-    def _new(self, suffix: str) -> Path:
-        self._count += 1
-        token = hashlib.sha256(f"{self.session.folder} {self._count}".encode()).hexdigest()[:12]
-        return self.session.folder / f"{self._count:04d}-{token}{suffix}"
 
 
 def masks_of(workflow: Workflow) -> list[npt.NDArray[np.float32]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,20 +15,14 @@ from diffedit.images import Picture, open_picture, save_picture
 from diffedit.testing import tiny_editor
 from diffedit_demo.desk import KEYWORD, Desk, read_workflow
 from diffedit_demo.jobs import Cancelled, Models, Progress, run
+from diffedit_demo.sessions import Sessions
 from diffedit_demo.stack import Pick, Stack
 from tests.laws.photographs import photograph
 
 
-@dataclass
-class Place:
-    folder: Path
-
-
 @pytest.fixture
 def desk(tmp_path: Path) -> Desk:
-    folder = tmp_path / "session"
-    folder.mkdir()
-    return Desk(Place(folder))
+    return Desk(Sessions(tmp_path / "sessions")["somebody"])
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +59,7 @@ PAINT = STACK.removed(STACK.passes[1].uid)
 
 def made(desk: Desk, editor: Editor, workflow: Workflow) -> list[Progress]:
     assert desk.history.now is not None
-    desk.candidates = []
+    desk.discard()
     return list(run(editor, desk.history.now.file, workflow, desk.cancel, desk.finished))
 
 
@@ -150,6 +143,7 @@ def test_accepting_goes_on_from_there(desk: Desk, editor: Editor, photo: Path, m
     node = desk.accept(0)
     assert (node.parent, node.file) == (0, candidate.file)
     assert desk.candidates == []
+    assert node.file.exists()
     with pytest.raises(InputError, match="nothing to keep"):
         desk.accept(0)
 
