@@ -64,6 +64,7 @@ class Desk:
     session: Session
     history: History = field(default_factory=History)
     candidates: list[Candidate] = field(default_factory=list)
+    chosen: int = 0
     cancel: threading.Event = field(default_factory=threading.Event)
 
     # --- opening ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from diffedit_demo.stack import PASS_FIELDS, Pick
 
 Kind = Literal["text", "number", "slider", "switch", "choice", "image", "mask"]
 
-_SLIDER = 1024
+_SLIDER = 256
 """Steps up to which a slider is of use; beyond that one types the number."""
 
 
@@ -88,13 +88,12 @@ def fields(schema: Mapping[str, Any], registries: Mapping[str, Sequence[str]]) -
 
 
 def pass_fields(
-    schema: Mapping[str, Any], schedulers: Sequence[str], folded: Sequence[str] = ("rescale",)
+    schema: Mapping[str, Any], schedulers: Sequence[str], plain: Sequence[str] = ("prompt",)
 ) -> list[Field]:
-    """The fields of a pass, without its edits."""
+    """The fields of a pass, without its edits; all but the `plain` ones are folded away."""
     own = {k: v for k, v in schema["properties"].items() if k in PASS_FIELDS}
     own["scheduler"] = own["scheduler"] | {"registry": "schedulers"}
-    for name in folded:
-        own[name] = own[name] | {"advanced": True}
+    own = {name: {"advanced": name not in plain} | said for name, said in own.items()}
     return fields({**schema, "properties": own}, {"schedulers": schedulers})
 
 

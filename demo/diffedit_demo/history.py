@@ -87,6 +87,11 @@ class History:
             return None
         return self.go(self._came[self.current])
 
+    @property
+    def can_redo(self) -> bool:
+        """Whether there is a way forward."""
+        return self.current in self._came
+
     def path(self) -> list[Node]:
         """From the first picture to the present one."""
         found: list[Node] = []

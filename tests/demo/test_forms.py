@@ -133,8 +133,8 @@ def test_choices_are_filled_at_run_time() -> None:
 def test_a_pass_has_a_form_too() -> None:
     found = {one.name: one for one in pass_fields(Pass.model_json_schema(), ["ddim"])}
     assert found["prompt"].kind == "text"
-    assert (found["steps"].kind, found["steps"].low, found["steps"].high) == ("slider", 1, 1000)
+    assert (found["steps"].kind, found["steps"].low, found["steps"].high) == ("number", 1, 1000)
     assert found["scheduler"].choices == ("ddim",)
     assert found["scheduler"].read("") is None
-    assert found["rescale"].advanced
+    assert [one.name for one in found.values() if not one.advanced] == ["prompt"]
     assert "edits" not in found

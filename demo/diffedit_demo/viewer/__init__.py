@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import base64
+import html
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from gradio.data_classes import FileData, GradioModel
+
+from diffedit_demo.canvas import _WithoutStub
 
 _HERE = Path(__file__).parent
 
@@ -38,25 +43,26 @@ class Shown:
     name: str = ""
 
 
-class Viewer(gr.HTML):
+class Viewer(gr.HTML, metaclass=_WithoutStub):
     """Shows a `Shown`."""
 
     data_model = ViewerData
 
-    def __init__(self, texts: dict[str, Any], **options: Any) -> None:
+    def __init__(self, said: Mapping[str, str], **options: Any) -> None:
+        # Props of a component in a tab that is not open yet do not reach its script: in the markup.
+        template = (_HERE / "viewer.html").read_text("utf-8")
         super().__init__(
             value=None,
-            html_template=(_HERE / "viewer.html").read_text("utf-8"),
+            html_template=template.replace("TEXTS", html.escape(json.dumps(dict(said)))),
             css_template=(_HERE / "viewer.css").read_text("utf-8"),
             js_on_load=(_HERE / "viewer.js").read_text("utf-8"),
-            texts=texts,
             **options,
         )
 
-    def preprocess(self, payload: ViewerData | None) -> None:
+    def preprocess(self, payload: ViewerData | None) -> None:  # type: ignore[override]
         """Nothing comes back from it."""
 
-    def postprocess(self, value: Shown | None) -> ViewerData | None:
+    def postprocess(self, value: Shown | None) -> ViewerData | None:  # type: ignore[override]
         """Files for the browser, and the preview within the message."""
         if value is None:
             return None

@@ -11,6 +11,11 @@ function set(name, on) {
   (name === "holding" ? hold : difference).setAttribute("aria-pressed", String(on));
 }
 
+const texts = JSON.parse(root.dataset.texts);
+for (const one of root.querySelectorAll("[data-text]")) {
+  one.textContent = texts[one.dataset.text];
+}
+
 function show() {
   const value = props.value ?? {};
   const mode = value.preview ? "preview" : value.after ? (value.before ? "compare" : "alone") : "empty";
@@ -23,7 +28,6 @@ function show() {
     if (file) image.src = file.url;
     else image.removeAttribute("src");
   }
-  const texts = props.texts;
   before.alt = texts.before;
   after.alt = value.name || texts.after;
   preview.alt = value.name || texts.after;
