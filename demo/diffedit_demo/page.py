@@ -104,7 +104,7 @@ def build(sources: Sequence[str], sessions: Sessions, options: Options) -> gr.Bl
     """The page of a server.
 
     Args:
-        sources: the models that it offers; the first is loaded when it is first used.
+        sources: the models that it offers; the first is the one shown.
         sessions: where the pictures of its visitors lie.
     """
     load = partial(Editor.load, device=options.device, dtype=options.dtype)

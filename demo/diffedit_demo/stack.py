@@ -37,6 +37,11 @@ def _uid() -> str:
     return secrets.token_hex(4)
 
 
+def _known(values: Values) -> frozenset[tuple[str, str]]:
+    """Parameters as something that can be hashed, which Gradio asks of a state."""
+    return frozenset((name, repr(value)) for name, value in values.items())
+
+
 @dataclass(frozen=True)
 class EditItem:
     """An edit on the page; `values` holds what was set, not the defaults."""
@@ -45,6 +50,9 @@ class EditItem:
     values: Values = field(default_factory=dict)
     enabled: bool = True
     uid: str = field(default_factory=_uid)
+
+    def __hash__(self) -> int:
+        return hash((self.name, _known(self.values), self.enabled, self.uid))
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,9 @@ class PassItem:
     edits: tuple[EditItem, ...] = ()
     enabled: bool = True
     uid: str = field(default_factory=_uid)
+
+    def __hash__(self) -> int:
+        return hash((_known(self.values), self.edits, self.enabled, self.uid))
 
 
 Item = PassItem | EditItem

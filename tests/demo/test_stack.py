@@ -133,3 +133,13 @@ def test_a_workflow_and_its_stack_are_one(tmp_path: Path) -> None:
     again = Workflow.from_data(Stack.of(workflow).data(lambda pick: pick.removeprefix("file:")))
     assert again.passes == workflow.passes
     assert again.to_yaml() == workflow.to_yaml()
+
+
+def test_a_stack_hashes_by_what_it_says() -> None:
+    one = stack(1).with_values({"e00": {"strength": 0.3, "id": "x"}})
+    same = stack(1).with_values({"e00": {"id": "x", "strength": 0.3}})
+    assert one == same
+    assert hash(one) == hash(same)
+    other = one.with_values({"e00": {"strength": 0.4}})
+    assert hash(other) != hash(one)
+    assert hash(one.enabled("p0", False)) != hash(one)
