@@ -614,8 +614,9 @@ const my = {
   size: 40,
   active: "A",
   feather: 0,
-  /** @type {number | null} */
+  /** @type {number | null} what the server gave last, and what the surface shows */
   revision: null,
+  shown: null,
   /** @type {{width: number, height: number} | null} */
   surface: null,
   /** The value that the server gave last, whatever went wrong since. */
@@ -1072,6 +1073,7 @@ function abandon() {
 function pointerDown(event) {
   if (!my.surface || (event.button !== 0 && event.button !== 1)) return;
   event.preventDefault();
+  ui.surface.classList.add("pointed"); // focused by the pointer: no ring
   ui.surface.focus({ preventScroll: true });
   ui.surface.setPointerCapture(event.pointerId);
   const at = onScreen(event);
@@ -1198,6 +1200,7 @@ function spaceUp(event) {
 
 /** A rectangle without a pointer: arrows move, Enter sets one corner and then the other. */
 function surfaceKey(event) {
+  ui.surface.classList.remove("pointed");
   if (!my.surface || event.ctrlKey || event.metaKey || event.altKey) return;
   const { width, height } = my.surface;
   const step = event.shiftKey ? 10 : 1;
@@ -1336,16 +1339,25 @@ async function show({ picture, name, revision }) {
   ui.image.replaceWith(image);
   ui.image = image;
   reset({ width: image.naturalWidth, height: image.naturalHeight });
-  my.size = Math.min(MAX_SIZE, Math.max(4, Math.round(Math.max(image.naturalWidth, image.naturalHeight) / 20)));
   fit();
   refresh();
+}
+
+/** The brush as large on another surface as it was on this one; at first a twentieth of it. */
+function sizeOn(surface) {
+  if (!surface) return my.size;
+  const side = Math.max(surface.width, surface.height);
+  const size = my.surface ? (my.size * side) / Math.max(my.surface.width, my.surface.height) : side / 20;
+  return Math.min(MAX_SIZE, Math.max(1, Math.round(size)));
 }
 
 /** A new, empty surface. */
 function reset(surface) {
   my.gesture = null;
   my.crosshair = null;
+  my.size = sizeOn(surface);
   my.surface = surface;
+  my.shown = my.revision;
   my.layers = {};
   for (const name of surface ? LAYERS : []) my.layers[name] = new Layer(surface.width, surface.height);
   ui.world.hidden = !surface;
@@ -1406,7 +1418,8 @@ function listen() {
   on(surface, "wheel", wheel, { passive: false });
   on(surface, "keydown", surfaceKey);
   on(surface, "contextmenu", (event) => my.gesture && event.preventDefault());
-  for (const type of ["focus", "blur"]) on(surface, type, mark);
+  on(surface, "focus", mark);
+  on(surface, "blur", () => (surface.classList.remove("pointed"), mark()));
   on(document, "keydown", keyDown);
   on(document, "keyup", spaceUp);
   on(document, "paste", (event) => {
@@ -1440,8 +1453,8 @@ function state() {
     const { share, painted, done, actions } = layer;
     layers[name] = { share, painted, undo: done, redo: actions.length - done };
   }
-  const { tool, size, active, feather, revision, surface } = my;
-  return { tool, size, zoom: my.view.scale, active, feather, revision, surface, layers };
+  const { tool, size, active, feather, shown, surface } = my;
+  return { tool, size, zoom: my.view.scale, active, feather, revision: shown, surface, layers };
 }
 
 /** @returns {number} 0 = stays, 255 = may change */
