@@ -68,6 +68,8 @@ BODY_SECONDS = 300.0
 #: And something must come as often as this.
 SILENCE_SECONDS = 20.0
 HEADER_SECONDS = 10.0
+#: How long the rest of a refused request is read and thrown away.
+DRAIN_SECONDS = 5.0
 HEADER_BYTES = 16 << 10
 CONNECTIONS = 256
 
@@ -198,6 +200,7 @@ def app(
         mcp_server=options.mcp,
         **(look or {}),
     )
+    outer.state.gradio = outer.routes[-1].app  # type: ignore[attr-defined]
     # Mounted, Gradio never learns that it runs, and checks no path in any payload.
     blocks.has_launched = True
     for middleware in reversed(
@@ -468,10 +471,34 @@ class Middleware:
             try:
                 await self.handle(scope, receive, send)
             except Refused as refused:
+                if refused.status != 408:
+                    await self._drain(scope)
                 await refused.answer(send)
+
+    async def _drain(self, scope: Scope) -> None:
+        """Read a little of what still comes: who is hung up on while sending sees no answer."""
+        request: _Request | None = scope.get("diffedit.request")
+        most = 2 * self.gate.options.max_upload
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_SECONDS):
+                while request is not None and not request.over and most > 0:
+                    most -= len((await request()).get("body", b""))
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         raise NotImplementedError
+
+
+class _Request:
+    """The `receive` of a request, which knows whether all of it has come."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self.over = False
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        self.over = message["type"] != "http.request" or not message.get("more_body", False)
+        return message
 
 
 class Headers(Middleware):
@@ -502,7 +529,8 @@ class Headers(Middleware):
                 message = {**message, "headers": [*kept, *ours]}
             await send(message)
 
-        await self.app(scope, receive, sending)
+        request = scope["diffedit.request"] = _Request(receive)
+        await self.app(scope, request, sending)
 
 
 class Hosts(Middleware):
@@ -1112,6 +1140,13 @@ def server(app: fastapi.FastAPI, ready: Callable[[], None] = lambda: None) -> An
             await super().startup(sockets)
             if self.started:
                 ready()
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            # Pages that are open listen for as long as the server runs: tell Gradio that it ends,
+            # and cut off the rest without a word.
+            app.state.gradio.stop_event.set()
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+            await super().shutdown(sockets)
 
     return Server(
         uvicorn.Config(

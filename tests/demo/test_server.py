@@ -25,9 +25,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffedit.cli import main
+from diffedit.cli import cli, main
 from diffedit_demo import server as serving
-from diffedit_demo.command import read_users
+from diffedit_demo.command import demo, read_users
 from diffedit_demo.server import Options, listen
 from diffedit_demo.sessions import Sessions
 
@@ -589,7 +589,7 @@ def test_no_endpoint_takes_a_file_that_is_not_the_callers(live: Live, path: str)
             v2 = client.post(f"{API}/call/v2/file", json={"path": payload})
             refused(v2, 403, "not a file of this session")
             for run in ("run/direct", "api/direct"):
-                body = {"data": [], "event_data": payload}
+                body: dict[str, Any] = {"data": [], "event_data": payload}
                 refused(client.post(f"{API}/{run}", json=body), 403)
             served = {"session_hash": "s", "component_id": 1, "fn_name": "x", "data": payload}
             refused(client.post(f"{API}/component_server", json=served), 403)
@@ -920,6 +920,12 @@ def test_with_users_nothing_is_open_before_the_log_in(
 # -- the command -----------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command is there without the other plugins, which take long to import."""
+    monkeypatch.setitem(cli.commands, "demo", demo)
+
+
 @pytest.fixture
 def users(tmp_path: Path) -> Path:
     file = tmp_path / "users"
@@ -939,8 +945,9 @@ def says(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def test_help_comes_without_gradio() -> None:
     code = (
-        "import sys; from diffedit.cli import main; assert main(['demo', '--help']) == 0;"
-        "assert not {'gradio', 'fastapi', 'uvicorn'} & set(sys.modules)"
+        "import sys; from diffedit_demo.command import demo;"
+        "demo.main(['--help'], standalone_mode=False);"
+        "assert not {'gradio', 'fastapi', 'uvicorn', 'torch'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -1003,6 +1010,9 @@ def test_users_that_are_none(
 
 PAGE = """
 import sys, types
+import diffedit.cli
+# What takes long to import, and is not asked for here.
+diffedit.cli.quiet_libraries = lambda: None
 page = types.ModuleType("diffedit_demo.page")
 page.look = lambda: {"css": "p {}"}
 def build(sources, sessions, options):
@@ -1014,8 +1024,8 @@ page.build = build
 sys.modules["diffedit_demo.page"] = page
 import diffedit_demo
 diffedit_demo.page = page
-from diffedit.cli import main
-sys.exit(main(sys.argv[1:]))
+diffedit_demo.register_commands(diffedit.cli.cli)
+sys.exit(diffedit.cli.main(sys.argv[1:]))
 """
 
 
