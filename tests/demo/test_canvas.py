@@ -125,7 +125,8 @@ def serve(app: App, folder: Path) -> Any:
         outcome = gr.Textbox(label="Outcome")
         canvas.opened(opened, canvas, canvas, show_progress="hidden")
         canvas.painted(painted, canvas, trigger_mode="multiple")
-        button.click(run, [note, canvas], outcome, js=flushed(1))
+        # "once" would lose a click before the browser has heard of the last run's end.
+        button.click(run, [note, canvas], outcome, js=flushed(1), trigger_mode="multiple")
         soft.click(soften, None, canvas, show_progress="hidden")
         again.click(another, None, canvas, show_progress="hidden")
     with socket.socket() as probe:
@@ -161,7 +162,7 @@ class Bench:
 
     def __init__(self, app: App, context: BrowserContext) -> None:
         self.app = app
-        self.uploads = 0
+        self._uploads = 0
         self.hosts: set[str] = set()
         self.errors: list[str] = []
         self.page: Page = context.new_page()
@@ -177,14 +178,34 @@ class Bench:
         parts = urlsplit(request.url)
         if parts.scheme not in ("data", "blob"):
             self.hosts.add(parts.hostname or "")
-        self.uploads += parts.path.endswith("/upload")
+        self._uploads += parts.path.endswith("/upload")
 
     def _said(self, message: Any) -> None:
         if message.type == "error":
             self.errors.append(message.text)
 
     def begin(self) -> None:
-        """Another picture, the same looks, a clean slate."""
+        """The first picture, nothing painted, the same tool: cheaper than another page."""
+        self.page.mouse.move(0, 0)
+        state = self.state()
+        if state["surface"] != {"width": WIDTH, "height": HEIGHT} or state["feather"]:
+            self.another()
+        self.page.evaluate(
+            """() => {
+                const canvas = diffedit.canvas;
+                for (const layer of ["D", "C", "B", "A"]) {
+                    canvas.choose({layer, tool: "brush", size: 24});
+                    while (canvas.state().layers[layer].undo) canvas.undo();
+                }
+                document.activeElement?.blur();
+            }"""
+        )
+        self.click(TEXTS["fit"])
+        self.app.forget()
+        self._uploads = 0
+
+    def another(self) -> None:
+        """Ask the server for another picture, and wait until it is shown."""
         before = self.state()["revision"]
         self.click("Another")
         self.page.wait_for_function(
@@ -192,10 +213,6 @@ class Bench:
             " return revision > before && surface?.width === 320 }",
             arg=before,
         )
-        self.choose(tool="brush", layer="A", size=24)
-        self.page.wait_for_timeout(50)
-        self.app.forget()
-        self.uploads = 0
 
     def state(self) -> dict[str, Any]:
         found: dict[str, Any] = self.page.evaluate("diffedit.canvas.state()")
@@ -206,6 +223,11 @@ class Bench:
 
     def click(self, name: str) -> None:
         self.page.get_by_role("button", name=name, exact=True).click()
+
+    def uploads(self) -> int:
+        """How many files were sent since the test began."""
+        self.page.evaluate("0")  # Playwright hears of requests only while it waits for something
+        return self._uploads
 
     def surface(self) -> Any:
         return self.page.locator(".diffedit-canvas [role=img]")
@@ -370,30 +392,25 @@ def test_a_stroke_arrives_with_the_run_right_after_it(bench: Bench) -> None:
         arrived = bench.app.runs.get(timeout=15)
         assert arrived.note == f"turn {turn}"
         assert arrived.masks["A"][100, int(at)] == 255
-        bench.page.wait_for_function(
-            "text => [...document.querySelectorAll('textarea, input')]"
-            ".some(field => field.value === text)",
-            arg=f"ran turn {turn}",
-        )
-    assert bench.uploads == 6
+    assert bench.uploads() == 6
 
 
 def test_an_unchanged_mask_is_not_sent_again(bench: Bench) -> None:
     bench.drag(LINE)
     first = bench.run()
     second = bench.run()
-    assert bench.uploads == 1
+    assert bench.uploads() == 1
     assert (first.masks["A"] == second.masks["A"]).all()
     bench.choose(layer="B")
     bench.drag(ZIGZAG)
     third = bench.run()
-    assert bench.uploads == 2
+    assert bench.uploads() == 2
     assert third.painted.active == "B"
     assert (third.masks["A"] == first.masks["A"]).all()
     assert_stroke(third.masks["B"], ZIGZAG, 24)
     bench.click(TEXTS["clear"])
     assert list(bench.run().masks) == ["A"]
-    assert bench.uploads == 2
+    assert bench.uploads() == 2
 
 
 def test_the_eraser_takes_away_all_that_the_brush_left(bench: Bench) -> None:
@@ -425,20 +442,50 @@ def test_undo_and_redo(bench: Bench) -> None:
     }
 
 
-def test_many_steps_can_be_undone(bench: Bench) -> None:
-    bench.choose(size=6)
-    dots = [(12.5 + 12 * (n % 24), 20.5 + 12 * (n // 24)) for n in range(140)]
-    # Painted on a path that is not folded with the rest: big strokes take snapshots between.
-    for x, y in [bench.client(*dot) for dot in dots]:
-        bench.page.mouse.click(x, y)
-    assert bench.state()["layers"]["A"]["undo"] >= 100
-    bench.page.evaluate("for (let i = 0; i < 60; i++) diffedit.canvas.undo()")
-    away = np.min([outside([dot], 3) for dot in dots[:80]], axis=0)
-    mask = bench.mask()
-    assert (mask[away < -1] == 255).all()
-    assert (mask[away > 1] == 0).all()
-    bench.page.evaluate("for (let i = 0; i < 60; i++) diffedit.canvas.redo()")
-    assert bench.mask()[int(dots[-1][1]), int(dots[-1][0])] == 255
+def test_every_step_comes_back_as_it_was(bench: Bench) -> None:
+    """A random walk through 400 steps, among them some that are costly enough for snapshots."""
+    script = (Path(canvas_module.__file__).parent / "canvas.js").read_text("utf-8")
+    pure = script.partition("const TEXTS =")[0] + "return Layer"
+    found = bench.page.evaluate(
+        """(pure) => {
+            const layer = new (new Function(pure)())(40, 30);
+            let seed = 1;
+            const random = (n) => (seed = (seed * 48271) % 2147483647) % n;
+            const action = () => {
+                const value = 255 * random(2);
+                const points = [random(40), random(30), random(4) ? 3 : 320];
+                const [left, top] = [random(40), random(30)];
+                const box = {left, top, right: left + random(9), bottom: top + random(9)};
+                if (random(8) === 0) return {kind: "invert"};
+                if (random(2)) return {kind: "box", value, box};
+                while (points.length < 60) points.push(random(40), random(30), points[2]);
+                return {kind: "stroke", value, points};
+            };
+            const look = () => String(layer.raster.data);
+            const past = [look()], wrong = [];
+            let least = 1000, snapshots = 0;
+            for (let turn = 0; turn < 400; turn++) {
+                const back = Math.min(layer.done, turn % 40 > 36 ? random(20) : 0);
+                for (let i = 0; i < back; i++) {
+                    layer.go(layer.done - 1);
+                    if (look() !== past.at(-2 - i)) wrong.push([turn, i]);
+                }
+                if (random(2)) for (let i = 0; i < back; i++) layer.go(layer.done + 1);
+                else past.length -= back;
+                if (look() !== past.at(-1)) wrong.push([turn]);
+                const before = layer.done;
+                layer.commit(action());
+                past.push(look());
+                if (layer.done <= before) least = Math.min(least, layer.done);
+                snapshots = Math.max(snapshots, layer.snapshots.size);
+            }
+            return {wrong, least, snapshots};
+        }""",
+        pure,
+    )
+    assert found["wrong"] == []
+    assert 100 <= found["least"] < 140
+    assert 3 < found["snapshots"] <= 17
 
 
 def test_fill_invert_and_clear(bench: Bench) -> None:
@@ -486,7 +533,7 @@ def test_painting_hits_the_right_pixels_after_zooming_and_panning(bench: Bench) 
     bench.page.mouse.move(*pointer)
     bench.page.mouse.wheel(0, -500)
     bench.page.wait_for_function("old => diffedit.canvas.state().zoom > 1.5 * old", arg=before)
-    assert bench.client(200, 90) == pytest.approx(pointer, abs=0.01)
+    assert bench.client(200, 90) == pytest.approx(pointer, abs=1)  # wheels have whole pixels
     bench.choose(size=10)
     path: Points = [(190, 80), (215, 95), (195, 100)]
     bench.drag(path)
@@ -593,18 +640,27 @@ def test_keys_are_shortcuts_only_while_no_text_is_typed(bench: Bench) -> None:
     assert bench.state()["size"] < 24
 
 
+def heard(bench: Bench, painted: tuple[str, ...]) -> bool:
+    """Wait until the page hears of these; what was on its way before may come first."""
+    while bench.app.painted.get(timeout=15) != painted:
+        pass
+    return True
+
+
 def test_the_page_hears_when_a_layer_is_painted_or_empty_again(bench: Bench) -> None:
     bench.drag(LINE)
-    assert bench.app.painted.get(timeout=15) == ("A",)
+    assert heard(bench, ("A",))
     bench.drag(ZIGZAG)
     bench.choose(layer="C")
     bench.drag(LINE)
-    assert bench.app.painted.get(timeout=15) == ("A", "C")
+    assert heard(bench, ("A", "C"))
     bench.click(TEXTS["undo"])
-    assert bench.app.painted.get(timeout=15) == ("A",)
-    time.sleep(0.3)
+    assert heard(bench, ("A",))
     assert bench.app.painted.empty()
-    assert bench.uploads == 0
+    bench.another()
+    assert heard(bench, ())
+    assert not bench.mask().any()
+    assert bench.uploads() == 0
 
 
 def deep(path: Path) -> Path:
@@ -635,7 +691,7 @@ def test_opening_by_button_keeps_the_bytes_and_drops_the_strokes(
     chooser.value.set_files(path)
     assert_opened(bench, path)
     assert not bench.mask().any()
-    assert bench.uploads == 1
+    assert bench.uploads() == 1
     bench.choose(size=10)
     bench.drag([(20, 20), (140, 80)])
     arrived = bench.run()
@@ -673,7 +729,7 @@ def test_what_is_no_picture_leaves_the_old_one(bench: Bench, tmp_path: Path) -> 
     text.write_text("no picture")
     give(bench, "picture", text)
     assert bench.alert() == "notes.txt is not a picture that can be opened"
-    assert bench.uploads == 0
+    assert bench.uploads() == 0
     text = text.rename(tmp_path / "fake.png")
     give(bench, "picture", text)
     bench.page.get_by_text("fake.png is broken").wait_for()
@@ -732,7 +788,7 @@ def test_the_server_sets_the_feather_and_the_strokes_stay(bench: Bench) -> None:
     assert fading[25:] == [0] * 15
     second = bench.run()
     assert (second.masks["A"] == first.masks["A"]).all()
-    assert bench.uploads == 1
+    assert bench.uploads() == 1
 
 
 def test_every_text_of_the_script_is_there_to_be_translated() -> None:
