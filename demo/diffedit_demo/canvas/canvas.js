@@ -35,7 +35,7 @@ const SNAPSHOTS = 16;
 const MAX_SIZE = 512;
 const MAX_ZOOM = 32;
 /** The fading edge is computed on a grid of at most so many cells a side. */
-const FEATHER_SIDE = 1024;
+const FEATHER_SIDE = 512;
 const PICTURE_NAMES = /\.(avif|bmp|gif|heic|heif|jfif|jpe?g|jp2|png|tiff?|webp)$/i;
 const TEXT_FIELDS =
   "textarea, select, [contenteditable]:not([contenteditable=false]), [role=textbox], " +
