@@ -18,6 +18,7 @@ import diffedit
 
 ROOT = Path(__file__).resolve().parent.parent
 PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
+DEMO = "diffedit_demo"
 BUILT_IN = sorted(
     path.name for path in (ROOT / "plugins").iterdir() if (path / "__init__.py").exists()
 )
@@ -77,11 +78,13 @@ def test_imports_run_one_way() -> None:
 def test_import_contracts_know_every_built_in_plugin() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     contracts = {c["name"]: c for c in project["tool"]["importlinter"]["contracts"]}
-    assert set(project["tool"]["importlinter"]["root_packages"]) == {"diffedit", *BUILT_IN}
+    assert set(project["tool"]["importlinter"]["root_packages"]) == {"diffedit", DEMO, *BUILT_IN}
     assert set(contracts["Plugins do not know each other"]["modules"]) == set(BUILT_IN)
     (core,) = (c for name, c in contracts.items() if name.startswith("The core knows no plugin"))
-    assert set(BUILT_IN) < set(core["forbidden_modules"])
-    assert set(project["project"]["entry-points"]["diffedit"].values()) == set(BUILT_IN)
+    assert {DEMO, *BUILT_IN} < set(core["forbidden_modules"])
+    (demo,) = (c for name, c in contracts.items() if name.startswith("The demo knows edits only"))
+    assert set(BUILT_IN) < set(demo["forbidden_modules"])
+    assert set(project["project"]["entry-points"]["diffedit"].values()) == {DEMO, *BUILT_IN}
 
 
 def imported(tree: ast.Module) -> set[str]:
@@ -93,7 +96,7 @@ def imported(tree: ast.Module) -> set[str]:
 
 @pytest.mark.parametrize(
     ("folders", "extras"),
-    [(["diffedit", "plugins"], ["train"]), (["tests", "bench"], ["dev", "train"])],
+    [(["demo", "diffedit", "plugins"], ["train"]), (["tests", "bench"], ["dev", "train"])],
     ids=["package", "tests"],
 )
 def test_what_is_imported_is_declared(folders: list[str], extras: list[str]) -> None:
@@ -104,7 +107,7 @@ def test_what_is_imported_is_declared(folders: list[str], extras: list[str]) -> 
     declared = {canonicalize_name(Requirement(line).name) for line in lines}
     # pydantic_core is the other half of pydantic, which pins it.
     providers = {**packages_distributions(), "pydantic_core": ["pydantic"]}
-    own = {"diffedit", "tests", "bench", *BUILT_IN, *sys.stdlib_module_names}
+    own = {"diffedit", DEMO, "tests", "bench", *BUILT_IN, *sys.stdlib_module_names}
     modules = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     undeclared = {
         f"{relative(path)}: {name}"

@@ -230,10 +230,22 @@ class _Page:
             gr.HTML(f'<p class="fault">{html.escape(say("en", "broken", name=name, why=why))}</p>')
         with gr.Row():
             self.seed = gr.Number(
-                0, precision=0, minimum=0, label=t("seed"), info=t("seed_help"), elem_id="seed"
+                0,
+                precision=0,
+                minimum=0,
+                label=t("seed"),
+                info=t("seed_help"),
+                elem_id="seed",
+                interactive=True,
             )
             self.count = gr.Slider(
-                1, MOST_PICTURES, 1, step=1, label=t("count"), info=t("count_help")
+                1,
+                MOST_PICTURES,
+                1,
+                step=1,
+                label=t("count"),
+                info=t("count_help"),
+                interactive=True,
             )
         listed = [(ENGLISH[key], key) for key in found]
         self.preset = gr.Dropdown(
@@ -248,7 +260,10 @@ class _Page:
         with gr.Accordion(t("more"), open=False):
             self.model = gr.Dropdown(sources, value=sources[0], label=t("model"), interactive=True)
             with gr.Row():
-                size = {"precision": 0, "minimum": 8, "maximum": 2048, "info": t("size_help")}
+                size = {
+                    "precision": 0, "minimum": 8, "maximum": 2048, "info": t("size_help"),
+                    "interactive": True,
+                }  # fmt: skip
                 self.width = gr.Number(256, label=t("width"), **size)
                 self.height = gr.Number(256, label=t("height"), **size)
         with gr.Accordion(t("workflow"), open=False):
@@ -273,14 +288,15 @@ class _Page:
                     for edit in one.edits:
                         with gr.Group(key=f"edit-{edit.uid}"):
                             self._edit(form, changed, edit, fault)
-                    names = sorted(self.workspace.plugins.edits)
-                    adding = gr.Dropdown(
-                        names, value=None, label=self.t("add_edit"), interactive=True,
-                        key=f"add-{one.uid}", elem_id=f"add-{one.uid}",
-                    )  # fmt: skip
-                    changed(
-                        adding.input, lambda s, name, uid=one.uid: s.add_edit(uid, name), adding
-                    )
+                    with gr.Row(elem_classes="adding"):
+                        for name in sorted(self.workspace.plugins.edits):
+                            adding = gr.Button(
+                                f"+ {name}", size="sm", min_width=80, key=f"add-{name}-{one.uid}",
+                                elem_classes=f"add-{name}",
+                            )  # fmt: skip
+                            changed(
+                                adding.click, partial(Stack.add_edit, pass_uid=one.uid, name=name)
+                            )
             more = gr.Button(self.t("add_pass"), elem_id="add-pass", key="add-pass")
             changed(more.click, lambda s: s.add_pass({"prompt": ""}))
             self._tie_run(form)
@@ -320,7 +336,7 @@ class _Page:
         self._widgets(form, uid, plain, values, fault)
         if folded := [one for one in listed if one.advanced]:
             wrong = fault is not None and fault[0] == uid and fault[1] in {f.name for f in folded}
-            with gr.Accordion(self.t("more"), open=wrong, key=f"more-{uid}"):
+            with gr.Accordion(self.t("more"), open=wrong, key=f"more-{uid}", elem_id=f"more-{uid}"):
                 self._widgets(form, uid, folded, values, fault)
 
     def _widgets(

@@ -14,7 +14,6 @@ def presets(edits: Container[str]) -> dict[str, Stack]:
     wanted: dict[str, list[tuple[str, dict[str, object]]]] = {
         "paint": [("inpaint", {"mask": _PAINTED})],
         "restyle": [("img2img", {"strength": 0.6}), ("style", {"image": Pick("source")})],
-        "edges": [("controlnet", {"kind": "canny"})],
         "vary": [("img2img", {"strength": 0.6})],
         "make": [],
     }

@@ -48,6 +48,6 @@ def test_values_are_put_in() -> None:
 
 
 def test_presets_need_their_edits() -> None:
-    assert set(presets(diffedit.edits())) == {"paint", "restyle", "edges", "vary", "make"}
+    assert set(presets(diffedit.edits())) == {"paint", "restyle", "vary", "make"}
     assert set(presets({"img2img"})) == {"vary", "make"}
     assert all(key in ENGLISH for key in presets(diffedit.edits()))

@@ -1,0 +1,88 @@
+"""A real server, started as a person starts it, and a real browser."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Debian's chromium."""
+    found = shutil.which("chromium")
+    assert found, "chromium is missing: apt-get install chromium"
+    with sync_playwright() as playwright:
+        made = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield made
+        made.close()
+
+
+@contextmanager
+def served(*options: str) -> Iterator[str]:
+    """`diffedit demo` on a free port; its address."""
+    command = [sys.executable, "-m", "diffedit", "demo", "--port", "0", "--device", "cpu", *options]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline().strip()
+        assert line.startswith("http://"), f"no address but {line!r}"
+        yield line
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture(scope="session")
+def address() -> Iterator[str]:
+    """The workspace with the embedded model."""
+    with served() as found:
+        yield found
+
+
+@contextmanager
+def visited(browser: Browser, address: str, **context: object) -> Iterator[Page]:
+    """A page of its own; afterwards: no error in its console, nothing asked of another host."""
+    wrong: list[str] = []
+    visitor = browser.new_context(
+        **{"viewport": {"width": 1440, "height": 900}, "locale": "en-GB", **context}  # type: ignore[arg-type]
+    )
+    page = visitor.new_page()
+    page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on(
+        "request",
+        lambda asked: (
+            None if asked.url.startswith((address, "data:", "blob:")) else wrong.append(asked.url)
+        ),
+    )
+    page.goto(address)
+    page.locator("#add-pass").wait_for()
+    yield page
+    visitor.close()
+    assert wrong == []
+
+
+@pytest.fixture
+def page(browser: Browser, address: str) -> Iterator[Page]:
+    """The workspace, just opened."""
+    with visited(browser, address) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A photograph, 160x128, 16 bits."""
+    from diffedit.images import Picture, save_picture
+    from tests.laws.photographs import photograph
+
+    picture = Picture(photograph("rgb16", (160, 128), "coffee"))
+    return save_picture(picture, tmp_path_factory.mktemp("photo") / "photo.png")
