@@ -579,7 +579,8 @@ class _Page:
         now, history = desk.history.now, desk.history
         shown = now and Shown(
             picture=now.shown, name=now.title, width=now.size[0], height=now.size[1],
-            revision=now.id + 1,
+            # What is made of a picture has its size: its masks stay good, back and forth.
+            revision=history.path()[0].id + 1,
         )  # fmt: skip
         return {
             self.canvas: shown,

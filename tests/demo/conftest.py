@@ -80,9 +80,9 @@ def page(browser: Browser, address: str) -> Iterator[Page]:
 
 @pytest.fixture(scope="session")
 def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A photograph, 160x128, 16 bits."""
+    """A photograph, 160x128."""
     from diffedit.images import Picture, save_picture
     from tests.laws.photographs import photograph
 
-    picture = Picture(photograph("rgb16", (160, 128), "coffee"))
+    picture = Picture(photograph("rgb8", (160, 128), "coffee"))
     return save_picture(picture, tmp_path_factory.mktemp("photo") / "photo.png")
