@@ -218,8 +218,11 @@ class Desk:
         if outside.any():
             import cv2
 
-            away = cv2.distanceTransform((~inside).astype(np.uint8), cv2.DIST_L2, 5)
-            reach = float(away[outside].max())
+            away = cv2.distanceTransform(
+                (~inside).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE
+            )
+            # Distances squared are whole numbers; OpenCV's roots of them are not exact.
+            reach = float(np.sqrt(np.rint(away[outside].max().astype(float) ** 2)))
         return Changes(int((where & inside).sum()), int(outside.sum()), reach, True)
 
 

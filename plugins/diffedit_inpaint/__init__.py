@@ -88,6 +88,8 @@ def feathered(mask: npt.NDArray[np.float32], feather: int) -> npt.NDArray[np.flo
     outside = (part == 0).astype(np.uint8)
     # The labelled transform knows no exact distances, so those come from a second one.
     distance = cv2.distanceTransform(outside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    # Its roots differ in the last bit from call to call; what they are of are whole numbers.
+    distance = np.sqrt(np.rint(np.square(distance, dtype=np.float64))).astype(np.float32)
     _, label = cv2.distanceTransformWithLabels(
         outside, cv2.DIST_L2, cv2.DIST_MASK_5, labelType=cv2.DIST_LABEL_PIXEL
     )
