@@ -579,7 +579,9 @@ def test_help_is_quick(arguments: list[str]) -> None:
 
 def test_the_commands() -> None:
     context = click.Context(cli)
-    assert cli.list_commands(context) == ["edit", "models", "plugins", "run", "train"]
+    own = ["edit", "models", "plugins", "run", "train"]
+    # A plugin's stands there once plugins were asked, which another test may have done.
+    assert [name for name in cli.list_commands(context) if name != "demo"] == own
 
 
 def test_no_arguments_show_help(capfd: pytest.CaptureFixture[str]) -> None:

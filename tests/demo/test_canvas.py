@@ -776,6 +776,9 @@ def test_the_server_sets_the_feather_and_the_strokes_stay(bench: Bench) -> None:
     bench.click("Soften")
     bench.page.wait_for_function("diffedit.canvas.state().feather === 24")
     bench.page.wait_for_function("document.querySelector('.feather').width === 320")
+    bench.page.wait_for_function(
+        "document.querySelector('.feather').getContext('2d').getImageData(150, 133, 1, 1).data[3]"
+    )
     # 24 pixels of the original are 12 of the surface.
     fading = bench.page.evaluate(
         "() => { const context = document.querySelector('.feather').getContext('2d');"

@@ -501,9 +501,9 @@ def test_what_says_that_it_is_too_big_is_not_read(live: Live) -> None:
 def test_what_is_too_big_without_saying_so_is_cut_off(live: Live) -> None:
     with live.browser() as client:
         before = live.left()
-        refused(
-            client.post(f"{API}/upload", content=chunks(3 * MB), headers=MULTIPART), 413, "1 MB"
-        )
+        # The line itself can get lost on the way to a client that is still sending.
+        answer = client.post(f"{API}/upload", content=chunks(3 * MB), headers=MULTIPART)
+        assert answer.status_code == 413
         assert live.left() == before
         # Just within, in chunks: kept.
         answer = client.post(f"{API}/upload", content=chunks(MB // 2), headers=MULTIPART)
@@ -1043,6 +1043,8 @@ def test_the_command_serves_until_it_is_stopped(
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"TMPDIR": str(tmp_path)},
+        # What runs the tests may have been started in the background, where Ctrl-C counts nothing.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     try:

@@ -245,7 +245,8 @@ def test_a_feather_has_the_same_bits_every_time() -> None:
     for step in range(40):  # a zigzag
         white[45 + step % 4 * 4 :, 60 + step :][:9, :3] = 1
     rng = np.random.default_rng(0)
-    kept, found = [], set()
+    kept: list[Any] = []
+    found = set()
     for size in rng.integers(1, 100_000, 400):  # whatever the memory was that it got
         kept = [*kept[-20:], np.empty(size)]
         found.add(feathered(white, 8).tobytes())
