@@ -23,7 +23,6 @@ from diffedit_demo.stack import Pick, Stack
 SHOWN_SIDE = 2048
 """Pixels on the longer side of what a browser is given to show and to paint on."""
 
-THUMB_SIDE = 160
 MOST_PIXELS = 64_000_000
 KEYWORD = "diffedit"
 """The PNG text that holds the workflow a picture was made by."""
@@ -138,6 +137,8 @@ class Desk:
             InputError: nothing is painted, or there is no such picture.
         """
         kind, _, name = pick.partition(":")
+        if kind == "data":
+            return str(pick)
         if kind == "layer":
             return self._painted(name, masks)
         if kind == "source":

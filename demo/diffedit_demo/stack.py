@@ -23,7 +23,7 @@ class Pick(str):
     """Which picture a parameter takes.
 
     ``"layer:A"`` (a painted mask), ``"source"`` (the picture being edited), ``"result:ID"`` (an
-    earlier result) or ``"file:PATH"``.
+    earlier result), ``"file:PATH"`` or the picture itself, ``"data:image/…"``.
     """
 
     __slots__ = ()
@@ -199,7 +199,7 @@ class Stack:
 
     @classmethod
     def of(cls, workflow: Workflow) -> Self:
-        """The stack that shows a workflow; pictures become picks of their files."""
+        """The stack that shows a workflow; its pictures become picks."""
         said = workflow.model_dump(mode="json", exclude_unset=True)
         passes = []
         for written, one in zip(said["passes"], workflow.passes, strict=True):
@@ -211,7 +211,7 @@ class Stack:
                     EditItem(
                         edit.name,
                         {
-                            name: Pick(f"file:{value}") if name in pictures and value else value
+                            name: _pick(value) if name in pictures and value else value
                             for name, value in values.items()
                         },
                     )
@@ -248,6 +248,10 @@ def _said(values: Values, picks: Picks) -> dict[str, Any]:
         if value is not None:
             found[name] = value
     return found
+
+
+def _pick(value: str) -> Pick:
+    return Pick(value if value.startswith("data:") else f"file:{value}")
 
 
 def _pictures(schema: Mapping[str, Any]) -> set[str]:

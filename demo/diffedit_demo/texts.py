@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
+from functools import lru_cache
 
 ENGLISH = {
     "title": "diffedit",
@@ -43,6 +43,7 @@ ENGLISH = {
     "source": "The picture being edited",
     "result": "Picture {number}: {title}",
     "unset": "Not set",
+    "inline": "From the workflow",
     "file": "Or a picture of your own",
     "keep": "Keep",
     "discard": "Discard",
@@ -109,6 +110,7 @@ CHINESE = {
     "source": "正在编辑的图片",
     "result": "图片 {number}:{title}",
     "unset": "未设置",
+    "inline": "来自工作流",
     "file": "或上传图片",
     "keep": "采用",
     "discard": "放弃",
@@ -145,7 +147,7 @@ def say(language: str, key: str, **values: object) -> str:
     return LANGUAGES.get(language, ENGLISH)[key].format(**values)
 
 
-@cache
+@lru_cache(256)  # what a stranger may fill with headers
 def language(accepted: str) -> str:
     """The language that an Accept-Language header (RFC 9110, 12.5.4) likes best of those known."""
     wishes = []

@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from diffedit_demo.forms import Field
+from diffedit_demo.texts import ENGLISH
 
 Choices = Sequence[tuple[str, str]]
 """(what is shown, value)"""
@@ -52,7 +53,8 @@ def widget(one: Field, value: Any, key: str, pictures: Choices, unset: str) -> A
             listed = [*([] if one.required else [(unset, "")]), *pictures]
             known = [entry for _, entry in listed]
             if shown and shown not in known:
-                listed.append((str(shown).rpartition("/")[2], shown))
+                inline = str(shown).startswith("data:")
+                listed.append((ENGLISH["inline"] if inline else str(shown), shown))
             return gr.Dropdown(listed, value=shown or (known[0] if known else None), **common)
         case "text":
             lines = 2 if one.name == "prompt" else 1
