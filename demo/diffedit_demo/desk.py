@@ -21,7 +21,7 @@ from diffedit_demo.sessions import Session
 from diffedit_demo.stack import Pick, Stack
 
 SHOWN_SIDE = 2048
-"""Pixels on the longer side of what a browser is given to show and to paint on."""
+"""Pixels on the longer side of what a browser is given to show; masks are drawn on its grid."""
 
 MOST_PIXELS = 64_000_000
 KEYWORD = "diffedit"

@@ -7,21 +7,20 @@ change, and as large as the copy that is shown, whatever the size of the origina
 
 from __future__ import annotations
 
-from abc import ABCMeta
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import gradio as gr
-from gradio.component_meta import ComponentMeta, updateable
 from gradio.components.base import Component
 from gradio.data_classes import FileData, GradioModel
 from gradio.events import EventListener
+
+from diffedit_demo.components import WithoutStub
 from pydantic import Field
 
 __all__ = [
-    "DISPLAY_SIDE",
     "LAYERS",
     "TEXTS",
     "Canvas",
@@ -31,9 +30,6 @@ __all__ = [
     "Shown",
     "flushed",
 ]
-
-DISPLAY_SIDE = 2048
-"""The longest side of the copy that is shown, in pixels; masks are drawn on its grid."""
 
 LAYERS = ("A", "B", "C", "D")
 """The names of the masks that can be painted."""
@@ -125,7 +121,7 @@ class Shown:
     """A picture for the canvas.
 
     Attributes:
-        picture: A copy that any browser reads, at most `DISPLAY_SIDE` pixels on its longer side.
+        picture: A copy that any browser reads, at most `desk.SHOWN_SIDE` pixels on its longer side.
         name: What the picture is called.
         width: Of the original, in pixels.
         height: Of the original, in pixels.
@@ -148,26 +144,11 @@ class Refused:
     problem: str
 
 
-class _WithoutStub(ComponentMeta):
-    """Gradio's metaclass less the stub file that it writes beside the source at import.
-
-    An installed package may be read-only, and type checkers would believe the stub.
-    """
-
-    def __new__(
-        cls, name: str, bases: tuple[type, ...], attributes: dict[str, Any]
-    ) -> _WithoutStub:
-        """Make a component class; see ``ComponentMeta``."""
-        if "__init__" in attributes:
-            attributes["__init__"] = updateable(attributes["__init__"])  # type: ignore[no-untyped-call]
-        return ABCMeta.__new__(cls, name, bases, attributes)
-
-
 def _source(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
-class Canvas(gr.HTML, metaclass=_WithoutStub):
+class Canvas(gr.HTML, metaclass=WithoutStub):
     """A picture with masks to paint over it.
 
     Events: `opened` when the user gave a file (its handler returns a `Shown` or a `Refused`),

@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 from gradio.data_classes import FileData, GradioModel
 
-from diffedit_demo.canvas import _WithoutStub
+from diffedit_demo.components import WithoutStub
 
 _HERE = Path(__file__).parent
 
@@ -43,7 +43,7 @@ class Shown:
     name: str = ""
 
 
-class Viewer(gr.HTML, metaclass=_WithoutStub):
+class Viewer(gr.HTML, metaclass=WithoutStub):
     """Shows a `Shown`."""
 
     data_model = ViewerData
