@@ -16,9 +16,9 @@ import gradio as gr
 from gradio.components.base import Component
 from gradio.data_classes import FileData, GradioModel
 from gradio.events import EventListener
+from pydantic import Field
 
 from diffedit_demo.components import WithoutStub
-from pydantic import Field
 
 __all__ = [
     "LAYERS",
