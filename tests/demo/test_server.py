@@ -697,6 +697,13 @@ def test_a_session_is_its_first_users(live: Live) -> None:
             refused(client.post(f"{API}/queue/join", json=odd), 400, "session")
 
 
+@pytest.mark.parametrize("event", [[], {}, 7, None])
+def test_a_job_that_is_no_name_is_not_cancelled(live: Live, event: object) -> None:
+    with live.browser() as client:
+        body = {"session_hash": uuid.uuid4().hex, "fn_index": 0, "event_id": event}
+        assert client.post(f"{API}/cancel", json=body).status_code == 422
+
+
 def drain(live: Live) -> None:
     queue = live.blocks._queue
     for waiting in queue.event_queue_per_concurrency_id.values():

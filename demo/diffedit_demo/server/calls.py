@@ -145,7 +145,7 @@ class Calls(Middleware):
             raise Refused(403, "this function is the page's own")
 
     def _check_cancel(self, data: dict[str, Any]) -> None:
-        event = self.gate.blocks._queue.event_ids_to_events.get(data.get("event_id", ""))
+        event = self.gate.blocks._queue.event_ids_to_events.get(str(data.get("event_id")))
         if event is not None and event.session_hash != data["session_hash"]:
             raise Refused(403, "this job is somebody else's")
 
