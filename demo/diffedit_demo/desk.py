@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ import PIL.Image
 from diffedit import Picture, Result, Workflow
 from diffedit.errors import ImageError, InputError, MaskError, WorkflowError
 from diffedit.images import encode_png, open_picture, read_mask
+from diffedit.plugins import Plugins
 from diffedit_demo.history import History, Node
 from diffedit_demo.sessions import Session
-from diffedit_demo.stack import Pick, Stack
+from diffedit_demo.settings import Settings
+from diffedit_demo.stack import Stack, picture_parameters
 
 SHOWN_SIDE = 2048
 """Pixels on the longer side of what a browser is given to show; masks are drawn on its grid."""
@@ -56,6 +59,14 @@ class Changes:
     masked: bool
 
 
+@dataclass(frozen=True)
+class Order:
+    """What is to be run, as the page was when Run was pressed."""
+
+    what: Any
+    cancel: threading.Event = field(default_factory=threading.Event)
+
+
 @dataclass
 class Desk:
     """One session's work."""
@@ -64,7 +75,26 @@ class Desk:
     history: History = field(default_factory=History)
     candidates: list[Candidate] = field(default_factory=list)
     chosen: int = 0
-    cancel: threading.Event = field(default_factory=threading.Event)
+    waiting: Order | None = None
+    running: Order | None = None
+
+    # --- orders -----------------------------------------------------------------------------------
+
+    def order(self, what: Any) -> None:
+        """Have something run once it is this session's turn, in place of what waited."""
+        self.waiting = Order(what)
+
+    def begin(self) -> Order | None:
+        """Its turn has come; None where it was cancelled meanwhile."""
+        self.running, self.waiting = self.waiting, None
+        return self.running
+
+    def cancel(self) -> bool:
+        """End what waits or runs. Whether something runs, which ends after its step under way."""
+        self.waiting = None
+        if self.running is not None:
+            self.running.cancel.set()
+        return self.running is not None
 
     # --- opening ----------------------------------------------------------------------------------
 
@@ -74,26 +104,30 @@ class Desk:
         Raises:
             ImageError: not a picture, or one too large to work on here.
         """
-        self._check_size(upload, name or upload.name)
-        picture = open_picture(upload)
+        picture = self.checked(upload, name or upload.name)
         file = self.session.add(upload, upload.suffix.lower() or ".png", pinned=True)
         self.discard()
         shown = self.show(picture)
         return self.history.add(file, shown, name or upload.name, picture.size)
 
     @staticmethod
-    def _check_size(file: Path, name: str) -> None:
-        """Refuse by the header alone what would fill the memory when it is decoded."""
+    def checked(file: Path, name: str = "this picture") -> Picture:
+        """A picture that a visitor sent, in memory.
+
+        Raises:
+            ImageError: no picture; or one whose header alone says that it would fill the memory.
+        """
         try:
             with PIL.Image.open(file) as header:
                 width, height = header.size
         except PIL.Image.DecompressionBombError:
             width = height = 1 << 20
         except Exception:  # what Pillow does not know, diffedit.images may, or says why not
-            return
+            width = height = 0
         if width * height > MOST_PIXELS:
             most = MOST_PIXELS // 10**6
             raise ImageError(f"{name} has more than {most} million pixels: scale it down first")
+        return open_picture(file.read_bytes())
 
     def show(self, picture: Picture, side: int = SHOWN_SIDE) -> Path:
         """A copy that a browser can show: 8 bits, no larger than `side`."""
@@ -110,54 +144,73 @@ class Desk:
     def workflow(
         self,
         stack: Stack,
-        masks: Mapping[str, Path],
+        settings: Settings,
+        pictures: Mapping[str, Path],
         *,
-        model: str,
-        seeds: Sequence[int],
-        size: tuple[int, int] | None,
-        plugins: Any = None,
+        plugins: Plugins,
     ) -> Workflow:
         """The workflow that the page shows; its pictures are in memory, so that it goes anywhere.
+
+        Args:
+            pictures: what the browser sent: painted masks by ``"layer:A"``, files by ``"own:…"``.
 
         Raises:
             InputError: says where, as ``passes.0.edits.1.inpaint.mask``.
         """
-        data = stack.data(lambda pick: self.picked(pick, masks))
+        parameters = {
+            name: picture_parameters(edit.model_json_schema())
+            for name, edit in plugins.edits.items()
+        }
+
+        def picked(where: str, pick: Any) -> Any:
+            try:
+                return self.picked(pick, pictures)
+            except InputError as error:
+                raise type(error)(f"{where}: {error}") from None
+
+        data = stack.data(parameters, picked)
         if not data["passes"]:
             raise WorkflowError("there is no pass to run: add one, or switch one on")
-        data |= {"model": model, "seed": seeds[0] if len(seeds) == 1 else list(seeds)}
-        if size is not None and self.history.now is None:
-            data["size"] = list(size)
-        return Workflow.from_data(data, base=self.session.folder, where="the page", plugins=plugins)
+        data |= {"model": settings.model, "seed": settings.seeds}
+        if self.history.now is None:
+            data["size"] = [settings.width, settings.height]
+        return Workflow.from_data(data, where="the page", plugins=plugins, files=False)
 
-    def picked(self, pick: Pick, masks: Mapping[str, Path]) -> Any:
+    def picked(self, pick: Any, pictures: Mapping[str, Path]) -> Any:
         """The picture that a pick stands for.
 
         Raises:
             InputError: nothing is painted, or there is no such picture.
         """
-        kind, _, name = pick.partition(":")
-        if kind == "data":
-            return str(pick)
+        kind, _, name = str(pick).partition(":")
         if kind == "layer":
-            return self._painted(name, masks)
+            return self._painted(name, pictures.get(pick))
         if kind == "source":
             if self.history.now is None:
                 raise InputError("there is no picture yet: open one")
             return open_picture(self.history.now.file.read_bytes())
-        if kind == "result" and name.isdigit() and int(name) < len(self.history):
+        if kind == "result" and name.isdecimal() and int(name) < len(self.history):
             return open_picture(self.history.nodes[int(name)].file.read_bytes())
-        if kind == "file":
-            file = Path(name).resolve()
-            if file.is_relative_to(self.session.folder.resolve()) and file.is_file():
-                return open_picture(file.read_bytes())
-        raise InputError(f"{pick!r} is no picture of this session")
+        if kind == "own" and pick in pictures:
+            return self._own(pictures[pick])
+        raise InputError("this picture is not here any more: choose another")
 
-    def _painted(self, name: str, masks: Mapping[str, Path]) -> npt.NDArray[np.uint8]:
+    def _own(self, file: Path) -> Picture:
+        # Whose file it is was checked when it came in: by the gate, for every path.
+        if not file.is_file():
+            raise InputError("this picture is not here any more: choose it again")
+        return self.checked(file)
+
+    def keep(self, data: str) -> Path:
+        """A file of the session with a picture that a workflow brought as a data URI."""
+        _, _, content = data.partition(",")
+        return self.session.add(base64.b64decode(content), ".png", pinned=True)
+
+    def _painted(self, name: str, file: Path | None) -> npt.NDArray[np.uint8]:
         now = self.history.now
-        if now is None or name not in masks:
+        if now is None or file is None:
             raise MaskError(f"nothing is painted on mask {name}: paint where it is to change")
-        mask = read_mask(open_picture(masks[name]))
+        mask = read_mask(open_picture(file))
         image = PIL.Image.fromarray((mask * 255).round().astype(np.uint8))
         if image.size != now.size:
             image = image.resize(now.size, PIL.Image.Resampling.BILINEAR)
@@ -169,13 +222,20 @@ class Desk:
 
     # --- what came of it --------------------------------------------------------------------------
 
-    def finished(self, result: Result) -> None:
-        """Keep what was made as a candidate, with the workflow that makes just it."""
+    def made(self, result: Result) -> list[Candidate]:
+        """What came of a run, as files, each with the workflow that makes just it."""
+        found = []
         for picture, seed in zip(result.pictures, result.seeds, strict=True):
             one = result.workflow.model_copy(update={"seed": seed})
             text = one.to_yaml()
             file = self.session.add(encode_png(picture, {KEYWORD: text}), ".png", pinned=True)
-            self.candidates.append(Candidate(file, self.show(picture), seed, text, picture.size))
+            found.append(Candidate(file, self.show(picture), seed, text, picture.size))
+        return found
+
+    def propose(self, candidates: list[Candidate]) -> None:
+        """Lay these out to choose from, in place of those that lay there."""
+        self.discard()
+        self.candidates, self.chosen = candidates, 0
 
     def accept(self, index: int) -> Node:
         """Go on with a candidate.

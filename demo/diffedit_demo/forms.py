@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from diffedit_demo.stack import PASS_FIELDS, Pick
+from diffedit_demo.stack import PASS_FIELDS
 
 Kind = Literal["text", "number", "slider", "switch", "choice", "image", "mask"]
 
@@ -32,6 +32,7 @@ class Field:
         longest: characters of a text.
         choices: of a choice; ``free`` says whether others may be typed.
         registry: names what fills the choices at run time, such as ``"preprocessors"``.
+        random: whether the form offers a number drawn at random.
     """
 
     name: str
@@ -50,26 +51,11 @@ class Field:
     choices: tuple[str, ...] = ()
     free: bool = False
     registry: str = ""
+    random: bool = False
 
-    def read(self, raw: Any) -> Any:
-        """The parameter that a widget's value stands for; None leaves it out.
-
-        What cannot be a number is handed on as it is: the workflow's own check says what is wrong.
-        """
-        if raw is None or (isinstance(raw, str) and not raw.strip() and self.kind != "text"):
-            return None
-        if self.kind in ("image", "mask"):
-            return Pick(raw)
-        if self.kind == "text":
-            return None if self.nullable and not raw.strip() else str(raw)
-        if self.kind in ("number", "slider") and self.whole:
-            return int(raw) if float(raw).is_integer() else raw
-        return raw
-
-    def shown(self, value: Any) -> Any:
-        """What the widget shows for a parameter that was set, or was not (None)."""
-        found = self.default if value is None else value
-        return "" if found is None and self.kind == "text" else found
+    def to_page(self) -> dict[str, Any]:
+        """As the browser's script reads it."""
+        return asdict(self)
 
 
 def fields(schema: Mapping[str, Any], registries: Mapping[str, Sequence[str]]) -> list[Field]:
@@ -130,6 +116,7 @@ def _field(
         "required": required,
         "nullable": said.get("nullable", False),
         "advanced": said.get("advanced", False),
+        "random": said.get("random", False),
     }
     if said.get("format") in ("image", "mask"):
         return Field(kind=said["format"], **common)
@@ -137,7 +124,8 @@ def _field(
     registry = said.get("registry", "")
     if registry in registries:
         listed = tuple(registries[registry])
-        return Field(kind="choice", choices=listed, free=True, registry=registry, **common)
+        free = said.get("free", True)
+        return Field(kind="choice", choices=listed, free=free, registry=registry, **common)
     if choices is not None:
         return Field(kind="choice", choices=tuple(choices), **common)
     if kind == "boolean":

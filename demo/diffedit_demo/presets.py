@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Container
 
-from diffedit_demo.stack import Pick, Stack
+from diffedit_demo.stack import EditItem, PassItem, Stack
 
-_PAINTED = Pick("layer:A")
+_WANTED: dict[str, tuple[EditItem, ...]] = {
+    "paint": (EditItem("inpaint", {"mask": "layer:A"}),),
+    "restyle": (EditItem("img2img", {"strength": 0.5}), EditItem("style")),
+    "vary": (EditItem("img2img", {"strength": 0.6}),),
+    "make": (),
+}
 
 
 def presets(edits: Container[str]) -> dict[str, Stack]:
     """Stacks by the key of their text."""
-    wanted: dict[str, list[tuple[str, dict[str, object]]]] = {
-        "paint": [("inpaint", {"mask": _PAINTED})],
-        "restyle": [("img2img", {"strength": 0.6}), ("style", {"image": Pick("source")})],
-        "vary": [("img2img", {"strength": 0.6})],
-        "make": [],
+    return {
+        key: Stack((PassItem({"prompt": ""}, wanted),))
+        for key, wanted in _WANTED.items()
+        if all(one.name in edits for one in wanted)
     }
-    found = {}
-    for key, needs in wanted.items():
-        if all(name in edits for name, _ in needs):
-            stack = Stack().add_pass({"prompt": ""})
-            for name, values in needs:
-                stack = stack.add_edit(stack.passes[0].uid, name, values)
-            found[key] = stack
-    return found

@@ -1,58 +1,54 @@
 """What the page shows as a stack of passes and edits, as a value; and the workflow it stands for.
 
-The widgets of the page hold what is being typed; every event brings their values here before
-anything else happens, so that nothing typed is lost. Nothing here knows Gradio.
+The browser changes it (`composer`); here it is read, checked and made a workflow of. Nothing here
+knows Gradio.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Self
+
+from pydantic import StringConstraints, TypeAdapter, ValidationError
 
 from diffedit import Pass, Workflow
+from diffedit.errors import WorkflowError
 
 PASS_FIELDS = tuple(name for name in Pass.model_fields if name != "edits")
 
+MOST_PASSES = 32
+MOST_EDITS = 32
+"""In a pass."""
+
 Values = Mapping[str, Any]
-"""Parameters by name, as JSON holds them; a picture or mask is a `Pick`."""
+"""Parameters by name, as JSON holds them."""
+
+Uid = Annotated[str, StringConstraints(pattern=r"^[\w-]{1,32}$")]
+
+Picks = Callable[[str, str], Any]
+"""What stands for a picture: takes where it is said (``"A mask"``, say) and the pick."""
 
 
-class Pick(str):
-    """Which picture a parameter takes.
-
-    ``"layer:A"`` (a painted mask), ``"source"`` (the picture being edited), ``"result:ID"`` (an
-    earlier result), ``"file:PATH"`` or the picture itself, ``"data:image/…"``.
-    """
-
-    __slots__ = ()
-
-
-Picks = Callable[[Pick], Any]
-"""What a pick stands for: a picture in any form that `ImageField` takes; None leaves it out."""
-
-
-def _uid() -> str:
-    return secrets.token_hex(4)
-
-
-def _known(values: Values) -> frozenset[tuple[str, str]]:
-    """Parameters as something that can be hashed, which Gradio asks of a state."""
-    return frozenset((name, repr(value)) for name, value in values.items())
+def new_uid() -> str:
+    """A name that no other item has."""
+    return secrets.token_hex(6)
 
 
 @dataclass(frozen=True)
 class EditItem:
-    """An edit on the page; `values` holds what was set, not the defaults."""
+    """An edit on the page; `values` holds what was set, not the defaults.
+
+    A parameter that is a picture holds a pick: ``"layer:A"`` (a painted mask), ``"source"`` (the
+    picture being edited), ``"result:ID"`` (an earlier one), ``"own:NAME"`` (a file from the
+    browser).
+    """
 
     name: str
     values: Values = field(default_factory=dict)
     enabled: bool = True
-    uid: str = field(default_factory=_uid)
-
-    def __hash__(self) -> int:
-        return hash((self.name, _known(self.values), self.enabled, self.uid))
+    uid: Uid = field(default_factory=new_uid)
 
 
 @dataclass(frozen=True)
@@ -62,10 +58,7 @@ class PassItem:
     values: Values = field(default_factory=dict)
     edits: tuple[EditItem, ...] = ()
     enabled: bool = True
-    uid: str = field(default_factory=_uid)
-
-    def __hash__(self) -> int:
-        return hash((_known(self.values), self.edits, self.enabled, self.uid))
+    uid: Uid = field(default_factory=new_uid)
 
 
 Item = PassItem | EditItem
@@ -73,7 +66,7 @@ Item = PassItem | EditItem
 
 @dataclass(frozen=True)
 class Stack:
-    """The passes of the page, in order. Every change gives a new stack."""
+    """The passes of the page, in order."""
 
     passes: tuple[PassItem, ...] = ()
 
@@ -87,100 +80,76 @@ class Stack:
         """The pass or edit of that name; None where it has been removed meanwhile."""
         return next((item for item in self.items() if item.uid == uid), None)
 
-    def with_values(self, values: Mapping[str, Values]) -> Self:
-        """Take over what stands in the widgets, by uid; uids that are gone are passed over."""
-        return self._each(
-            lambda item: (
-                replace(item, values={**item.values, **values[item.uid]})
-                if item.uid in values
-                else item
-            )
-        )
+    # --- to and from the page ---------------------------------------------------------------------
 
-    def enabled(self, uid: str, on: bool) -> Self:
-        """Let a pass or edit act, or not; its parameters stay."""
-        return self._each(lambda item: replace(item, enabled=on) if item.uid == uid else item)
-
-    def add_pass(self, values: Values | None = None, *edits: EditItem) -> Self:
-        """One more pass, at the end."""
-        return replace(self, passes=(*self.passes, PassItem(dict(values or {}), edits)))
-
-    def add_edit(self, pass_uid: str, name: str, values: Values | None = None) -> Self:
-        """One more edit at the end of a pass."""
-        return self._passes(
-            lambda one: (
-                replace(one, edits=(*one.edits, EditItem(name, dict(values or {}))))
-                if one.uid == pass_uid
-                else one
-            )
-        )
-
-    def removed(self, uid: str) -> Self:
-        """Without that pass or edit."""
-        left = tuple(
-            replace(one, edits=tuple(edit for edit in one.edits if edit.uid != uid))
+    def to_page(self) -> list[dict[str, Any]]:
+        """As the browser holds it."""
+        return [
+            {
+                "uid": one.uid,
+                "enabled": one.enabled,
+                "values": dict(one.values),
+                "edits": [
+                    {
+                        "uid": edit.uid,
+                        "name": edit.name,
+                        "enabled": edit.enabled,
+                        "values": dict(edit.values),
+                    }
+                    for edit in one.edits
+                ],
+            }
             for one in self.passes
-            if one.uid != uid
-        )
-        return replace(self, passes=left)
+        ]
 
-    def duplicated(self, uid: str) -> Self:
-        """A copy of a pass or edit, behind it; an edit's `id`, which is its own, is left out."""
-        passes: list[PassItem] = []
-        for one in self.passes:
-            edits = []
-            for edit in one.edits:
-                edits.append(edit)
-                if edit.uid == uid:
-                    values = {k: v for k, v in edit.values.items() if k != "id"}
-                    edits.append(replace(edit, values=values, uid=_uid()))
-            passes.append(replace(one, edits=tuple(edits)))
-            if one.uid == uid:
-                copies = tuple(replace(edit, uid=_uid()) for edit in one.edits)
-                passes.append(replace(one, edits=copies, uid=_uid()))
-        return replace(self, passes=tuple(passes))
+    @classmethod
+    def from_page(cls, passes: Any) -> Self:
+        """What a browser sent; parameters are checked when a workflow is made of them.
 
-    def moved(self, uid: str, by: int) -> Self:
-        """A pass or edit moved by so many places; an edit that leaves its pass enters the next."""
-        whole = [one.uid for one in self.passes]
-        if uid in whole:
-            return replace(self, passes=_shifted(self.passes, whole.index(uid), by))
-        for at, one in enumerate(self.passes):
-            names = [edit.uid for edit in one.edits]
-            if uid not in names:
-                continue
-            place = names.index(uid)
-            if 0 <= place + by < len(names):
-                return self._replaced(at, replace(one, edits=_shifted(one.edits, place, by)))
-            other = at + (1 if by > 0 else -1)
-            if not 0 <= other < len(self.passes):
-                return self
-            edit = one.edits[place]
-            rest = tuple(e for e in one.edits if e.uid != uid)
-            there = self.passes[other].edits
-            joined = (edit, *there) if by > 0 else (*there, edit)
-            left = self._replaced(at, replace(one, edits=rest))
-            return left._replaced(other, replace(self.passes[other], edits=joined))
-        return self
+        Raises:
+            WorkflowError: it is no stack, or a larger one than pages make.
+        """
+        try:
+            made = cls(_PASSES.validate_python(passes))
+        except ValidationError as error:
+            one = error.errors()[0]
+            where = ".".join(str(part) for part in one["loc"])
+            raise WorkflowError(f"no stack of passes: {where}: {one['msg']}") from None
+        if len(made.passes) > MOST_PASSES:
+            raise WorkflowError(f"more than {MOST_PASSES} passes")
+        if any(len(one.edits) > MOST_EDITS for one in made.passes):
+            raise WorkflowError(f"more than {MOST_EDITS} edits in a pass")
+        uids = [item.uid for item in made.items()]
+        if len(set(uids)) < len(uids):
+            raise WorkflowError("no stack of passes: two items have the same uid")
+        return made
 
     # --- the workflow it stands for ---------------------------------------------------------------
 
-    def data(self, picks: Picks) -> dict[str, Any]:
+    def data(self, pictures: Mapping[str, frozenset[str]], picks: Picks) -> dict[str, Any]:
         """The passes that act, as `Workflow.from_data` reads them.
 
         A parameter that is None or whose pick stands for nothing is left out.
+
+        Args:
+            pictures: the parameters of each edit that are pictures, see `picture_parameters`.
+            picks: what a pick stands for, given the place and the pick; None leaves it out.
         """
-        return {
-            "diffedit": 1,
-            "passes": [
-                {
-                    **_said(one.values, picks),
-                    "edits": [{e.name: _said(e.values, picks)} for e in one.edits if e.enabled],
+        acting = [one for one in self.passes if one.enabled]
+        passes = []
+        for number, one in enumerate(acting):
+            edits = []
+            for place, edit in enumerate(e for e in one.edits if e.enabled):
+                where = f"passes.{number}.edits.{place}.{edit.name}"
+                values = {
+                    name: picks(f"{where}.{name}", value)
+                    if name in pictures.get(edit.name, ()) and value is not None
+                    else value
+                    for name, value in edit.values.items()
                 }
-                for one in self.passes
-                if one.enabled
-            ],
-        }
+                edits.append({edit.name: _said(values)})
+            passes.append({**_said(one.values), "edits": edits})
+        return {"diffedit": 1, "passes": passes}
 
     def at(self, place: str) -> tuple[str, str] | None:
         """The uid and the field that a place of an error names: ``passes.0.edits.1.paint.size``."""
@@ -198,66 +167,45 @@ class Stack:
         return edit.uid, ".".join(parts[5:])
 
     @classmethod
-    def of(cls, workflow: Workflow) -> Self:
-        """The stack that shows a workflow; its pictures become picks."""
+    def of(cls, workflow: Workflow, keep: Callable[[str], str]) -> Self:
+        """The stack that shows a workflow.
+
+        Args:
+            keep: takes a picture as the workflow says it (a data URI) and gives a pick for it.
+        """
         said = workflow.model_dump(mode="json", exclude_unset=True)
         passes = []
         for written, one in zip(said["passes"], workflow.passes, strict=True):
             edits = []
             for edit in one.edits:
+                pictures = picture_parameters(type(edit).model_json_schema())
                 values = edit.model_dump(mode="json", exclude_unset=True)
-                pictures = _pictures(type(edit).model_json_schema())
-                edits.append(
-                    EditItem(
-                        edit.name,
-                        {
-                            name: _pick(value) if name in pictures and value else value
-                            for name, value in values.items()
-                        },
-                    )
-                )
+                picked = {
+                    name: keep(value) if name in pictures and value else value
+                    for name, value in values.items()
+                }
+                edits.append(EditItem(edit.name, picked))
             values = {name: written[name] for name in PASS_FIELDS if name in written}
             passes.append(PassItem(values, tuple(edits)))
         return cls(tuple(passes))
 
-    # --- helpers ----------------------------------------------------------------------------------
 
-    def _passes(self, change: Callable[[PassItem], PassItem]) -> Self:
-        return replace(self, passes=tuple(change(one) for one in self.passes))
-
-    def _each(self, change: Callable[[Any], Any]) -> Self:
-        return self._passes(
-            lambda one: replace(change(one), edits=tuple(change(edit) for edit in one.edits))
-        )
-
-    def _replaced(self, at: int, one: PassItem) -> Self:
-        return replace(self, passes=(*self.passes[:at], one, *self.passes[at + 1 :]))
+_PASSES: TypeAdapter[tuple[PassItem, ...]] = TypeAdapter(tuple[PassItem, ...])
 
 
-def _shifted(items: tuple[Any, ...], at: int, by: int) -> tuple[Any, ...]:
-    rest = [*items[:at], *items[at + 1 :]]
-    rest.insert(min(max(0, at + by), len(rest)), items[at])
-    return tuple(rest)
+def _said(values: Values) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def _said(values: Values, picks: Picks) -> dict[str, Any]:
-    found = {}
-    for name, value in values.items():
-        if isinstance(value, Pick):
-            value = picks(value)
-        if value is not None:
-            found[name] = value
-    return found
+def picture_parameters(schema: Mapping[str, Any]) -> frozenset[str]:
+    """The parameters of an edit that are pictures or masks, by its JSON Schema."""
+    return parameters_of(schema, ("image", "mask"))
 
 
-def _pick(value: str) -> Pick:
-    return Pick(value if value.startswith("data:") else f"file:{value}")
-
-
-def _pictures(schema: Mapping[str, Any]) -> set[str]:
-    """The parameters that are pictures or masks."""
-    return {
+def parameters_of(schema: Mapping[str, Any], formats: tuple[str, ...]) -> frozenset[str]:
+    """The parameters whose schema has one of those formats."""
+    return frozenset(
         name
         for name, said in schema.get("properties", {}).items()
-        if any(one.get("format") in ("image", "mask") for one in (said, *said.get("anyOf", ())))
-    }
+        if any(one.get("format") in formats for one in (said, *said.get("anyOf", ())))
+    )

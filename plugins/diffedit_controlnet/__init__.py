@@ -42,6 +42,7 @@ class ControlNet(Edit):
         None,
         description="Folder or hub id of the control network; none: the loaded model's own",
         max_length=4096,
+        json_schema_extra={"format": "model"},
     )
     kind: str = Field(
         "canny",
@@ -74,7 +75,7 @@ class ControlNet(Edit):
         None,
         description="Folder or hub id of the preprocessor's weights; none: its usual ones",
         max_length=4096,
-        json_schema_extra={"advanced": True},
+        json_schema_extra={"advanced": True, "format": "model"},
     )
 
     @model_validator(mode="after")

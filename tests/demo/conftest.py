@@ -27,10 +27,18 @@ def browser() -> Iterator[Browser]:
 
 
 @contextmanager
-def served(*options: str) -> Iterator[str]:
-    """`diffedit demo` on a free port; its address."""
+def served(*options: str, path: Path | None = None) -> Iterator[str]:
+    """`diffedit demo` on a free port; its address.
+
+    Args:
+        path: a folder of distributions that are installed besides.
+    """
     command = [sys.executable, "-m", "diffedit", "demo", "--port", "0", "--device", "cpu", *options]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    if path is not None:
+        environment["PYTHONPATH"] = os.pathsep.join(
+            filter(None, (str(path), os.environ.get("PYTHONPATH")))
+        )
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         assert process.stdout is not None
@@ -70,6 +78,67 @@ def visited(browser: Browser, address: str, **context: object) -> Iterator[Page]
     yield page
     visitor.close()
     assert wrong == []
+
+
+PLUGIN = """
+import time
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from diffedit import Contribution, Edit, Preprocessor, Run, hookimpl
+
+
+class Dawdle(Edit):
+    \"\"\"Take one's time before anything happens.\"\"\"
+
+    name: ClassVar[str] = "dawdle"
+    version: ClassVar[str] = "1.0.0"
+
+    seconds: float = Field(1.5, ge=0, le=10, description="How long")
+    mood: Literal["calm", "bored"] = "calm"
+
+    def contribute(self, run: Run) -> Contribution:
+        made = run.preprocess("dawdling")
+        made(self.seconds)
+        return Contribution()
+
+
+def load(weights):
+    return time.sleep
+
+
+@hookimpl
+def register_edits():
+    return [Dawdle]
+
+
+@hookimpl
+def register_preprocessors():
+    return [Preprocessor("dawdling", load, "Take one's time")]
+"""
+
+
+@pytest.fixture(scope="session")
+def third_party(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two distributions as pip leaves them: one that works, and one that cannot be imported."""
+    folder = tmp_path_factory.mktemp("site")
+    modules = {"slow_edits": PLUGIN, "broken_edits": "import no_such_module_anywhere"}
+    for module, source in modules.items():
+        (folder / f"{module}.py").write_text(source, "utf-8")
+        about = folder / f"{module}-1.0.dist-info"
+        about.mkdir()
+        said = f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n"
+        (about / "METADATA").write_text(said, "utf-8")
+        (about / "entry_points.txt").write_text(f"[diffedit]\n{module} = {module}\n", "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def extended(third_party: Path) -> Iterator[str]:
+    """A workspace in an environment with plugins of others."""
+    with served(path=third_party) as found:
+        yield found
 
 
 @pytest.fixture

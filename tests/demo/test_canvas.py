@@ -31,15 +31,16 @@ from playwright.sync_api import Browser, BrowserContext, Page  # noqa: E402
 
 from diffedit_demo import canvas as canvas_module  # noqa: E402
 from diffedit_demo.canvas import (  # noqa: E402
-    TEXTS,
     Canvas,
     CanvasData,
     Painted,
     Refused,
     Shown,
-    flushed,
 )
+from diffedit_demo.components import flushed  # noqa: E402
+from diffedit_demo.texts import CANVAS  # noqa: E402
 
+SAID = CANVAS["en"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 WIDTH, HEIGHT = 320, 240
 TWICE = {"width": 2 * WIDTH, "height": 2 * HEIGHT}
@@ -126,7 +127,9 @@ def serve(app: App, folder: Path) -> Any:
         canvas.opened(opened, canvas, canvas, show_progress="hidden")
         canvas.painted(painted, canvas, trigger_mode="multiple")
         # "once" would lose a click before the browser has heard of the last run's end.
-        button.click(run, [note, canvas], outcome, js=flushed(1), trigger_mode="multiple")
+        button.click(
+            run, [note, canvas], outcome, js=flushed({"canvas": 1}), trigger_mode="multiple"
+        )
         soft.click(soften, None, canvas, show_progress="hidden")
         again.click(another, None, canvas, show_progress="hidden")
     with socket.socket() as probe:
@@ -200,7 +203,7 @@ class Bench:
                 document.activeElement?.blur();
             }"""
         )
-        self.click(TEXTS["fit"])
+        self.click(SAID["fit"])
         self.app.forget()
         self._uploads = 0
 
@@ -408,7 +411,7 @@ def test_an_unchanged_mask_is_not_sent_again(bench: Bench) -> None:
     assert third.painted.active == "B"
     assert (third.masks["A"] == first.masks["A"]).all()
     assert_stroke(third.masks["B"], ZIGZAG, 24)
-    bench.click(TEXTS["clear"])
+    bench.click(SAID["clear"])
     assert list(bench.run().masks) == ["A"]
     assert bench.uploads() == 2
 
@@ -427,12 +430,12 @@ def test_undo_and_redo(bench: Bench) -> None:
     both = bench.mask()
     bench.key("Control+z")
     assert (bench.mask() == first).all()
-    bench.click(TEXTS["undo"])
+    bench.click(SAID["undo"])
     assert not bench.mask().any()
-    bench.click(TEXTS["redo"])
+    bench.click(SAID["redo"])
     bench.key("Control+Shift+Z")
     assert (bench.mask() == both).all()
-    bench.click(TEXTS["undo"])
+    bench.click(SAID["undo"])
     bench.drag([(20, 20), (30, 20)])
     assert bench.state()["layers"]["A"] | {"share": 0} == {
         "share": 0,
@@ -445,7 +448,7 @@ def test_undo_and_redo(bench: Bench) -> None:
 def test_every_step_comes_back_as_it_was(bench: Bench) -> None:
     """A random walk through 400 steps, among them some that are costly enough for snapshots."""
     script = (Path(canvas_module.__file__).parent / "canvas.js").read_text("utf-8")
-    pure = script.partition("const TEXTS =")[0] + "return Layer"
+    pure = script.partition("const say =")[0] + "return Layer"
     found = bench.page.evaluate(
         """(pure) => {
             const layer = new (new Function(pure)())(40, 30);
@@ -493,17 +496,17 @@ def test_fill_invert_and_clear(bench: Bench) -> None:
     stroke = bench.mask()
     bench.key("i")
     assert (bench.mask() == 255 - stroke).all()
-    bench.click(TEXTS["clear"])
+    bench.click(SAID["clear"])
     assert not bench.mask().any()
-    bench.click(TEXTS["fill"])
+    bench.click(SAID["fill"])
     assert (bench.mask() == 255).all()
     for _ in range(3):
-        bench.click(TEXTS["undo"])
+        bench.click(SAID["undo"])
     assert (bench.mask() == stroke).all()
 
 
 def test_rectangle(bench: Bench) -> None:
-    bench.click(TEXTS["rectangle"])
+    bench.click(SAID["rectangle"])
     bench.drag([(250.5, 190.5), (40.5, 30.5)])
     assert (bench.mask() == box(40, 30, 250, 190)).all()
     bench.page.keyboard.down("Alt")
@@ -547,7 +550,7 @@ def test_painting_hits_the_right_pixels_after_zooming_and_panning(bench: Bench) 
     assert_stroke(bench.mask(), path, 10)
     bench.key("0")
     assert bench.state()["zoom"] == before
-    bench.click(TEXTS["zoomIn"])
+    bench.click(SAID["zoomIn"])
     assert bench.state()["zoom"] == pytest.approx(1.25 * before)
     bench.key("-")
     assert bench.state()["zoom"] == pytest.approx(before)
@@ -601,7 +604,7 @@ def test_the_surface_says_what_it_shows(bench: Bench) -> None:
 
 
 def test_every_tool_is_a_named_button_in_a_toolbar_that_arrows_walk(bench: Bench) -> None:
-    toolbar = bench.page.get_by_role("toolbar", name=TEXTS["tools"])
+    toolbar = bench.page.get_by_role("toolbar", name=SAID["tools"])
     buttons = toolbar.get_by_role("button").all()
     assert len(buttons) == 15
     for button in buttons:
@@ -615,7 +618,7 @@ def test_every_tool_is_a_named_button_in_a_toolbar_that_arrows_walk(bench: Bench
     for key in ["ArrowRight", "ArrowRight", "End", "ArrowRight", "ArrowLeft", "Home"]:
         bench.key(key)
         walk.append(bench.page.evaluate(focused))
-    open_, brush, eraser = TEXTS["open"], TEXTS["brush"], TEXTS["eraser"]
+    open_, brush, eraser = SAID["open"], SAID["brush"], SAID["eraser"]
     assert walk == [brush, eraser, "Mask D", open_, "Mask D", open_]
     bench.key("ArrowRight")
     bench.key("ArrowRight")
@@ -654,7 +657,7 @@ def test_the_page_hears_when_a_layer_is_painted_or_empty_again(bench: Bench) -> 
     bench.choose(layer="C")
     bench.drag(LINE)
     assert heard(bench, ("A", "C"))
-    bench.click(TEXTS["undo"])
+    bench.click(SAID["undo"])
     assert heard(bench, ("A",))
     assert bench.app.painted.empty()
     bench.another()
@@ -687,7 +690,7 @@ def test_opening_by_button_keeps_the_bytes_and_drops_the_strokes(
     path = deep(tmp_path / "deep.png")
     bench.drag(LINE)
     with bench.page.expect_file_chooser() as chooser:
-        bench.click(TEXTS["open"])
+        bench.click(SAID["open"])
     chooser.value.set_files(path)
     assert_opened(bench, path)
     assert not bench.mask().any()
@@ -766,7 +769,7 @@ def test_a_mask_from_a_file_is_its_luminance_on_the_surface(bench: Bench, tmp_pa
     assert (mask[:, 164:] == 255).all()
     assert (mask[:116, :156] == 0).all()
     assert (abs(mask[124:, :156].astype(int) - 29) <= 1).all()
-    bench.click(TEXTS["undo"])
+    bench.click(SAID["undo"])
     assert not bench.mask().any()
 
 
@@ -794,16 +797,14 @@ def test_the_server_sets_the_feather_and_the_strokes_stay(bench: Bench) -> None:
     assert bench.uploads() == 1
 
 
-def test_every_text_of_the_script_is_there_to_be_translated() -> None:
+def test_every_text_of_the_script_is_there() -> None:
     script = (Path(canvas_module.__file__).parent / "canvas.js").read_text("utf-8")
     icons = script[
         script.index("const ICONS = {") : script.index("};", script.index("const ICONS"))
     ]
-    used = set(re.findall(r'(?:say\("|TEXTS\.)(\w+)', script))
+    used = set(re.findall(r'say\("(\w+)', script))
     used |= set(re.findall(r"^  (\w+):", icons, re.MULTILINE)) | {"layer", "layerPainted"}
-    assert used == set(TEXTS)
-    canvas = Canvas(texts={"brush": "Pinsel"})
-    assert canvas.props["texts"] == {**TEXTS, "brush": "Pinsel"}
+    assert used == set(SAID)
 
 
 def test_python_takes_only_layers_that_there_are() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ from PIL import Image
 from diffedit import Editor, Workflow
 from diffedit.errors import ImageError, InputError, MaskError, WorkflowError
 from diffedit.images import Picture, open_picture, save_picture
+from diffedit.plugins import default
 from diffedit.testing import tiny_editor
-from diffedit_demo.desk import KEYWORD, Desk, read_workflow
+from diffedit_demo.desk import KEYWORD, Candidate, Desk, read_workflow
 from diffedit_demo.jobs import Cancelled, Models, Progress, run
 from diffedit_demo.sessions import Sessions
-from diffedit_demo.stack import Pick, Stack
+from diffedit_demo.settings import Settings
+from diffedit_demo.stack import EditItem, PassItem, Stack
 from tests.laws.photographs import photograph
 
 
@@ -46,21 +49,38 @@ def mask(tmp_path: Path) -> Path:
     return file
 
 
-STACK = (
-    Stack()
-    .add_pass({"prompt": "a red circle", "steps": 3, "guidance": 1.0})
-    .add_pass({"prompt": "a blue square", "steps": 3, "guidance": 1.0})
-)
-STACK = STACK.add_edit(
-    STACK.passes[0].uid, "inpaint", {"mask": Pick("layer:A"), "feather": 4}
-).add_edit(STACK.passes[1].uid, "img2img", {"strength": 0.4})
-PAINT = STACK.removed(STACK.passes[1].uid)
+FAST = {"steps": 3, "guidance": 1.0}
+
+
+def paint(**values: Any) -> PassItem:
+    edit = EditItem("inpaint", {"mask": "layer:A", "feather": 4} | values)
+    return PassItem({"prompt": "a red circle", **FAST}, (edit,))
+
+
+VARY = PassItem({"prompt": "a blue square", **FAST}, (EditItem("img2img", {"strength": 0.4}),))
+PAINT = Stack((paint(),))
+BOTH = Stack((paint(), VARY))
+
+
+def workflow_of(desk: Desk, stack: Stack, mask: Path | None, **settings: Any) -> Workflow:
+    pictures = {} if mask is None else {"layer:A": mask}
+    return desk.workflow(stack, Settings(**settings), pictures, plugins=default())
 
 
 def made(desk: Desk, editor: Editor, workflow: Workflow) -> list[Progress]:
     assert desk.history.now is not None
-    desk.discard()
-    return list(run(editor, desk.history.now.file, workflow, desk.cancel, desk.finished))
+    found: list[Candidate] = []
+    steps = list(
+        run(
+            editor,
+            desk.history.now.file,
+            workflow,
+            threading.Event(),
+            lambda result: found.extend(desk.made(result)),
+        )
+    )
+    desk.propose(found)
+    return steps
 
 
 def test_an_opened_picture_keeps_its_bytes_and_shows_a_copy(desk: Desk, photo: Path) -> None:
@@ -92,7 +112,7 @@ def test_strokes_become_a_mask_of_the_pictures_size_without_greys(
     desk: Desk, photo: Path, mask: Path
 ) -> None:
     desk.open(photo)
-    painted = desk.picked(Pick("layer:A"), {"A": mask})
+    painted = desk.picked("layer:A", {"layer:A": mask})
     assert painted.shape == (70, 90)
     assert set(np.unique(painted)) == {0, 255}
     assert (painted[20:40, 20:50] == 255).mean() > 0.95
@@ -105,19 +125,27 @@ def test_nothing_painted_and_foreign_pictures_are_refused(
     desk.open(photo)
     empty = tmp_path / "empty.png"
     Image.new("L", (90, 70)).save(empty)
-    for masks in ({}, {"A": empty}):
+    for masks in ({}, {"layer:A": empty}):
         with pytest.raises(MaskError, match="nothing is painted on mask A"):
-            desk.picked(Pick("layer:A"), masks)
-    for foreign in (f"file:{photo}", "file:../photo.png", "result:7", "result:-1", "what"):
-        with pytest.raises(InputError, match="no picture of this session"):
-            desk.picked(Pick(foreign), {})
+            desk.picked("layer:A", masks)
+    for pick in (str(photo), f"file:{photo}", "result:7", "result:-1", "result:²", "own:no", 3):
+        with pytest.raises(InputError, match="not here any more"):
+            desk.picked(pick, {"own:gone": tmp_path / "gone.png"})
+    with pytest.raises(InputError, match="choose it again"):
+        desk.picked("own:gone", {"own:gone": tmp_path / "gone.png"})
+
+
+def test_a_picture_of_ones_own_is_read_from_the_session(desk: Desk, photo: Path) -> None:
+    own = desk.session.add(photo, ".png")
+    picture = desk.picked("own:x", {"own:x": own})
+    assert (picture.pixels == open_picture(photo).pixels).all()
 
 
 def test_a_run_shows_its_steps_and_leaves_candidates_that_the_same_workflow_makes_again(
     desk: Desk, editor: Editor, photo: Path, mask: Path, tmp_path: Path
 ) -> None:
     desk.open(photo)
-    workflow = desk.workflow(STACK, {"A": mask}, model="tiny", seeds=[4, 5], size=None)
+    workflow = workflow_of(desk, BOTH, mask, seed=4, count=2)
     steps = made(desk, editor, workflow)
     once = [(0, 1, 3), (0, 2, 3), (0, 3, 3), (1, 1, 1)]
     assert [(one.pass_index, one.step, one.steps) for one in steps] == once * 2
@@ -134,14 +162,20 @@ def test_a_run_shows_its_steps_and_leaves_candidates_that_the_same_workflow_make
     assert (again.pixels == open_picture(second.file).pixels).all()
     assert again.pixels.dtype == np.uint16
     # Opened on the page again, it runs there without a mask being painted, and is the same.
-    stack = Stack.of(read_workflow(second.file))
-    opened = desk.workflow(stack, {}, model="tiny", seeds=[5], size=None)
+    files: dict[str, Path] = {}
+
+    def keep(data: str) -> str:
+        files["own:mask"] = desk.keep(data)
+        return "own:mask"
+
+    stack = Stack.of(read_workflow(second.file), keep)
+    opened = desk.workflow(stack, Settings(seed=5), files, plugins=default())
     assert opened.passes == Workflow.from_yaml(text).passes
 
 
 def test_accepting_goes_on_from_there(desk: Desk, editor: Editor, photo: Path, mask: Path) -> None:
     desk.open(photo)
-    made(desk, editor, desk.workflow(PAINT, {"A": mask}, model="tiny", seeds=[1], size=None))
+    made(desk, editor, workflow_of(desk, PAINT, mask))
     candidate = desk.candidates[0]
     node = desk.accept(0)
     assert (node.parent, node.file) == (0, candidate.file)
@@ -155,47 +189,95 @@ def test_changes_are_counted_inside_the_masks_and_outside(
     desk: Desk, editor: Editor, photo: Path, mask: Path
 ) -> None:
     desk.open(photo)
-    made(desk, editor, desk.workflow(PAINT, {"A": mask}, model="tiny", seeds=[1], size=None))
+    made(desk, editor, workflow_of(desk, PAINT, mask))
     found = desk.changes(desk.candidates[0])
     assert found is not None
     assert found.masked
     assert found.inside > 500
     assert found.outside > 0
     assert 1 <= found.reach <= 4  # the feather, and not a pixel further
-    sharp = PAINT.with_values({PAINT.passes[0].edits[0].uid: {"feather": 0}})
-    made(desk, editor, desk.workflow(sharp, {"A": mask}, model="tiny", seeds=[1], size=None))
+    made(desk, editor, workflow_of(desk, Stack((paint(feather=0),)), mask))
     found = desk.changes(desk.candidates[0])
     assert found is not None
     assert (found.outside, found.reach) == (0, 0.0)
 
 
-def test_a_cancelled_run_leaves_nothing_and_the_next_one_works(
+def test_a_cancelled_run_keeps_what_was_made_before(
     desk: Desk, editor: Editor, photo: Path, mask: Path
 ) -> None:
     desk.open(photo)
     assert desk.history.now is not None
-    workflow = desk.workflow(PAINT, {"A": mask}, model="tiny", seeds=[1], size=None)
-    events = run(editor, desk.history.now.file, workflow, desk.cancel, desk.finished)
-    next(events)
-    desk.cancel.set()
+    workflow = workflow_of(desk, PAINT, mask, seed=1, count=2)
+    desk.order(workflow)
+    order = desk.begin()
+    assert order is not None
+    found: list[Candidate] = []
+    events = run(
+        editor,
+        desk.history.now.file,
+        workflow,
+        order.cancel,
+        lambda result: found.extend(desk.made(result)),
+    )
+    while not found:
+        next(events)
+    assert desk.cancel()
     with pytest.raises(Cancelled):
         next(events)
-    assert desk.candidates == []
-    desk.cancel.clear()
+    assert [one.seed for one in found] == [1]
     made(desk, editor, workflow)
-    assert len(desk.candidates) == 1
+    assert [one.seed for one in desk.candidates] == [1, 2]
+
+
+def test_an_order_that_was_cancelled_while_it_waited_never_begins(desk: Desk) -> None:
+    desk.order("first")
+    desk.order("second")
+    began = desk.begin()
+    assert began is not None
+    assert began.what == "second"
+    assert desk.begin() is None
+    desk.running = None
+    desk.order("third")
+    assert not desk.cancel()
+    assert desk.begin() is None
 
 
 def test_an_empty_stack_is_refused_and_errors_say_where(desk: Desk, photo: Path) -> None:
     desk.open(photo)
-    off = PAINT.enabled(PAINT.passes[0].uid, False)
+    off = Stack((PassItem({"prompt": "x"}, enabled=False),))
     with pytest.raises(WorkflowError, match="no pass to run"):
-        desk.workflow(off, {}, model="tiny", seeds=[1], size=None)
-    wrong = PAINT.with_values({PAINT.passes[0].uid: {"steps": 10**9}}).removed(
-        PAINT.passes[0].edits[0].uid
-    )
+        workflow_of(desk, off, None)
+    wrong = Stack((PassItem({"prompt": "x", "steps": 10**9}),))
     with pytest.raises(InputError, match=r"passes\.0\.steps"):
-        desk.workflow(wrong, {}, model="tiny", seeds=[1], size=None)
+        workflow_of(desk, wrong, None)
+    with pytest.raises(MaskError, match=r"^passes\.0\.edits\.0\.inpaint\.mask: nothing is painted"):
+        workflow_of(desk, PAINT, None)
+
+
+@pytest.mark.parametrize("named", ["/etc/hostname", "../photo.png", "data:image/png;base64,xx"])
+def test_a_page_cannot_name_files_of_the_machine(desk: Desk, photo: Path, named: str) -> None:
+    desk.open(photo)
+    with pytest.raises(InputError, match="not here any more"):
+        workflow_of(desk, Stack((paint(mask=named),)), None)
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ({"seed": -1}, "settings: seed is -1"),
+        ({"seed": "?"}, "settings: seed is '?'"),
+        ({"count": 9}, "settings: count is 9"),
+        ({"width": 10**6}, "settings: width is 1000000"),
+    ],
+)
+def test_settings_of_a_browser_are_checked(said: dict[str, Any], why: str) -> None:
+    with pytest.raises(InputError, match=why):
+        Settings.from_page(said)
+
+
+def test_seeds_of_settings() -> None:
+    assert Settings(seed=3).seeds == 3
+    assert Settings(seed=3, count=3).seeds == [3, 4, 5]
 
 
 @pytest.mark.parametrize("named", ["/etc/hostname", "/no/such/file.png"])

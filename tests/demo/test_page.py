@@ -8,86 +8,28 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from PIL import Image
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Browser, Page, expect
 
+import diffedit
 from diffedit import Workflow
 from diffedit.cli import cli
 from diffedit.images import open_picture
-
-WAIT = 120_000
-
-
-def opens(page: Page, file: Path) -> None:
-    with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name="Open a picture").click()
-    chooser.value.set_files(file)
-    expect(page.locator("#status")).to_contain_text(file.name, timeout=WAIT)
-
-
-def paints(page: Page, *, at: tuple[float, float] = (0.4, 0.4), by: float = 0.2) -> None:
-    """A zigzag with the mouse; places are fractions of the canvas."""
-    surface = page.locator("#canvas canvas").last
-    box = surface.bounding_box()
-    assert box is not None
-    x = box["x"] + box["width"] * at[0]
-    y = box["y"] + box["height"] * at[1]
-    page.mouse.move(x, y)
-    page.mouse.down()
-    for step in range(12):
-        page.mouse.move(x + box["width"] * by * step / 12, y + (step % 4) * 14)
-    page.mouse.up()
-
-
-def adds(page: Page, edit: str, place: int = 0) -> None:
-    """Add an edit to a pass by its button."""
-    # A click on a form that is being drawn anew is lost.
-    page.wait_for_timeout(1000)
-    before = page.locator(".act-remove").count()
-    page.get_by_role("button", name=f"+ {edit}", exact=True).nth(place).click()
-    expect(page.locator(".act-remove")).to_have_count(before + 1)
-
-
-def field(page: Page, name: str, place: int = 0) -> Locator:
-    return page.locator(f"[id^=field-][id$='.{name}']").nth(place).locator("input, textarea").first
-
-
-def quick(page: Page, steps: int = 4) -> None:
-    """Few steps in every pass: what is tested is the page."""
-    for place in range(page.locator("[id^=field-][id$='.steps']").count()):
-        wanted = field(page, "steps", place)
-        if not wanted.is_visible():
-            named = page.locator("[id^=field-][id$='.steps']").nth(place).get_attribute("id")
-            assert named is not None
-            uid = named.removeprefix("field-").removesuffix(".steps")
-            page.locator(f"#more-{uid} button").first.click()
-        wanted.fill(str(steps))
-
-
-def runs(page: Page) -> None:
-    page.get_by_role("button", name="Run", exact=True).click()
-    expect(page.locator("#status")).to_contain_text("Done in", timeout=WAIT)
-
-
-def downloads(page: Page, name: str, to: Path) -> Path:
-    with page.expect_download() as download:
-        page.get_by_role("button", name=name).click()
-    download.value.save_as(to)
-    return to
-
-
-def count_previews(page: Page) -> None:
-    page.evaluate(
-        """() => {
-          window.previews = new Set();
-          const seen = () => {
-            const now = document.querySelector("#viewer .preview")?.getAttribute("src");
-            if (now) window.previews.add(now);
-          };
-          new MutationObserver(seen).observe(
-            document.body, {subtree: true, childList: true, attributes: true});
-        }"""
-    )
+from tests.demo.conftest import visited
+from tests.demo.steps import (
+    WAIT,
+    adds,
+    count_previews,
+    downloads,
+    field,
+    opens,
+    paints,
+    quick,
+    runs,
+    starts,
+    status,
+    unfolds,
+    workflow_of,
+)
 
 
 @pytest.mark.slow
@@ -96,8 +38,8 @@ def test_the_whole_story(page: Page, photo: Path, tmp_path: Path) -> None:
     paints(page)
     field(page, "prompt").fill("a yellow star")
     adds(page, "style")
+    field(page, "image").select_option("source")
     page.locator("#add-pass").click()
-    expect(page.get_by_label("Pass 2")).to_be_visible()
     adds(page, "img2img", 1)
     field(page, "prompt", -1).fill("a red circle")
     quick(page, 5)
@@ -118,8 +60,7 @@ def test_the_whole_story(page: Page, photo: Path, tmp_path: Path) -> None:
 
     # The picture and the workflow as files: both say what was done.
     picture = downloads(page, "Download the picture", tmp_path / "made.png")
-    with Image.open(picture) as opened:
-        text: str = opened.text["diffedit"]  # type: ignore[attr-defined]
+    text = workflow_of(picture)
     page.get_by_role("button", name=re.compile("^Workflow")).click()
     file = downloads(page, "Download the workflow", tmp_path / "workflow.yaml")
     assert file.read_text("utf-8") == text
@@ -133,12 +74,12 @@ def test_the_whole_story(page: Page, photo: Path, tmp_path: Path) -> None:
     history = page.locator("#history img")
     page.get_by_role("button", name="Keep").click()
     expect(history).to_have_count(2)
-    page.get_by_role("button", name="Undo", exact=True).last.click()
-    expect(page.get_by_role("button", name="Redo", exact=True).last).to_be_enabled()
-    page.get_by_role("button", name="Redo", exact=True).last.click()
-    expect(page.get_by_role("button", name="Redo", exact=True).last).to_be_disabled()
-    page.get_by_role("button", name="Undo", exact=True).last.click()
-    page.locator("#seed input").fill("3")
+    page.locator("#undo").click()
+    expect(page.locator("#redo")).to_be_enabled()
+    page.locator("#redo").click()
+    expect(page.locator("#redo")).to_be_disabled()
+    page.locator("#undo").click()
+    field(page, "seed").fill("3")
     runs(page)
     page.get_by_role("button", name="Keep").click()
     expect(history).to_have_count(3)
@@ -151,19 +92,65 @@ def test_the_whole_story(page: Page, photo: Path, tmp_path: Path) -> None:
     assert said.exit_code == 0, said.output
     assert (open_picture(out).pixels == open_picture(picture).pixels).all()
 
+    # The picture, opened as a workflow: its settings are back, with the mask it brought, and
+    # nothing runs by itself.
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Open a workflow").click()
+    chooser.value.set_files(picture)
+    status(page, "Nothing was run")
+    assert field(page, "seed").input_value() == "0"
+    expect(field(page, "mask").locator("option:checked")).to_have_text("From the workflow")
+    page.locator("#history img").first.click()
+    expect(page.locator("#undo")).to_be_disabled()
+    runs(page)
+    again = downloads(page, "Download the picture", tmp_path / "again.png")
+    assert (open_picture(again).pixels == open_picture(picture).pixels).all()
+
 
 def test_what_is_wrong_stands_beside_its_field_and_the_next_run_works(
     page: Page, photo: Path
 ) -> None:
     opens(page, photo)
     field(page, "prompt").fill("a yellow star")
-    page.get_by_role("button", name="Run", exact=True).click()
-    alert = page.locator("#status [role=alert]")
-    expect(alert).to_contain_text("nothing is painted on mask A", timeout=WAIT)
+    starts(page)
+    expect(page.locator("#status [role=alert]")).to_contain_text("Not run", timeout=WAIT)
+    beside = page.locator("[id^='fault-'][id$='.mask']")
+    expect(beside).to_contain_text("nothing is painted on mask A")
+    expect(field(page, "mask")).to_have_attribute("aria-invalid", "true")
     paints(page)
+    steps = unfolds(page, field(page, "steps"))
+    steps.fill("0")
+    expect(page.locator("[id^='fault-'][id$='.steps']")).to_have_text("Should be 1 to 1000.")
+    starts(page)
+    status(page, "steps is 0, should be a whole number from 1 to 1000")
     quick(page, 2)
     runs(page)
+    expect(beside).to_be_empty()
     expect(page.locator("#changes")).to_contain_text("None of those is further than 8 px")
+
+
+def test_a_reference_of_ones_own_is_asked_for_and_taken(
+    page: Page, photo: Path, tmp_path: Path
+) -> None:
+    opens(page, photo)
+    page.locator("#preset").select_option("restyle")
+    field(page, "prompt").fill("a house")
+    quick(page, 3)
+    starts(page)
+    expect(page.locator("[id^='fault-'][id$='.image']")).to_contain_text(
+        "lacks 'image'", timeout=WAIT
+    )
+    with page.expect_file_chooser() as chooser:
+        field(page, "image").select_option("file")
+    own = tmp_path / "reference.png"
+    own.write_bytes(photo.read_bytes())
+    chooser.value.set_files(own)
+    expect(field(page, "image").locator("option:checked")).to_have_text("reference.png")
+    runs(page)
+    made = downloads(page, "Download the picture", tmp_path / "made.png")
+    style = Workflow.from_yaml(workflow_of(made)).passes[0].edits[1]
+    reference = style.image.picture  # type: ignore[attr-defined]
+    assert (reference.pixels == open_picture(photo).pixels).all()
 
 
 def test_cancelling_ends_the_run_and_the_next_one_works(page: Page, photo: Path) -> None:
@@ -171,23 +158,19 @@ def test_cancelling_ends_the_run_and_the_next_one_works(page: Page, photo: Path)
     paints(page)
     field(page, "prompt").fill("a yellow star")
     quick(page, 400)
-    page.get_by_role("button", name="Run", exact=True).click()
-    expect(page.locator("#status")).to_contain_text(re.compile(r"step \d+ of 400"), timeout=WAIT)
+    starts(page)
+    status(page, re.compile(r"step \d+ of 400"))
     page.get_by_role("button", name="Cancel").click()
-    expect(page.locator("#status")).to_contain_text("Cancelled", timeout=WAIT)
+    status(page, "Cancelled")
     field(page, "steps").fill("2")
     runs(page)
 
 
 def test_every_installed_edit_has_its_form(page: Page) -> None:
-    import diffedit
-
     for name, cls in diffedit.edits().items():
         adds(page, name)
-        for parameter, info in cls.model_fields.items():
-            if info.json_schema_extra == {"advanced": True}:
-                continue
-            expect(page.locator(f"[id^=field-][id$='.{parameter}']").last).to_be_attached()
+        for parameter in cls.model_fields:
+            expect(field(page, parameter, -1)).to_be_attached()
 
 
 def test_moving_and_switching_off_is_what_the_engine_runs(
@@ -197,16 +180,47 @@ def test_moving_and_switching_off_is_what_the_engine_runs(
     paints(page)
     field(page, "prompt").fill("first")
     page.locator("#add-pass").click()
-    expect(page.get_by_label("Pass 2")).to_be_visible()
     field(page, "prompt", 1).fill("second")
     adds(page, "img2img", 1)
-    page.wait_for_timeout(1000)
-    page.locator(".act-up").nth(2).click()  # pass 2: behind pass 1 and its inpaint
+    page.get_by_role("button", name="Move Pass 2 up").click()
     expect(field(page, "prompt")).to_have_value("second")
-    page.get_by_label("Pass 2").uncheck()
     quick(page, 3)
+    page.get_by_role("checkbox", name="Pass 2").uncheck()
     runs(page)
-    page.get_by_role("button", name=re.compile("^Workflow")).click()
-    workflow = Workflow.load(downloads(page, "Download the workflow", tmp_path / "w.yaml"))
+    made = downloads(page, "Download the picture", tmp_path / "made.png")
+    workflow = Workflow.from_yaml(workflow_of(made))
     said: list[Any] = [(one.prompt, [e.name for e in one.edits]) for one in workflow.passes]
     assert said == [("second", ["img2img"])]
+
+
+@pytest.mark.slow
+def test_typing_and_pressing_run_at_once_loses_nothing(
+    page: Page, photo: Path, tmp_path: Path
+) -> None:
+    """Thirty times: keys, a click on a structure button, keys again, and Run without a pause."""
+    opens(page, photo)
+    page.locator("#preset").select_option("vary")
+    field(page, "strength").fill("0.5")
+    quick(page, 2)
+    for time in range(30):
+        prompt = field(page, "prompt")
+        prompt.click()
+        page.keyboard.press("Control+A")
+        page.keyboard.type(f"a red circle {time}")
+        adds(page, "img2img")
+        page.locator("[id^='remove-']").last.click()
+        field(page, "seed").fill(str(time))
+        runs(page)
+        made = downloads(page, "Download the picture", tmp_path / "made.png")
+        workflow = Workflow.from_yaml(workflow_of(made))
+        assert (workflow.passes[0].prompt, workflow.seed) == (f"a red circle {time}", time)
+        assert [edit.name for edit in workflow.passes[0].edits] == ["img2img"]
+        page.get_by_role("tab", name="Edit").click()
+
+
+def test_the_page_speaks_chinese(browser: Browser, address: str) -> None:
+    with visited(browser, address, locale="zh-CN") as page:
+        expect(page.get_by_role("button", name="运行", exact=True)).to_be_visible()
+        expect(page.get_by_role("button", name="打开图片")).to_be_visible()
+        expect(page.get_by_role("textbox", name="提示词")).to_be_visible()
+        expect(page.locator("#preset option").nth(1)).to_have_text("替换涂抹的部分")

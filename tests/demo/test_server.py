@@ -225,7 +225,7 @@ def test_programs_call_by_name(live: Live) -> None:
 
 
 def test_gradios_own_client_works(live: Live, tmp_path: Path) -> None:
-    from gradio_client import Client, handle_file  # type: ignore[import-untyped]
+    from gradio_client import Client, handle_file
 
     (tmp_path / "photo.png").write_bytes(png(3))
     client = Client(live.options.address, verbose=False, analytics_enabled=False)

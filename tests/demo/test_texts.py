@@ -8,22 +8,61 @@ import string
 import pytest
 
 import diffedit
+from diffedit import Pass
+from diffedit_demo import texts
+from diffedit_demo.forms import fields, pass_fields
 from diffedit_demo.presets import presets
-from diffedit_demo.texts import CHINESE, ENGLISH, language, say
+from diffedit_demo.settings import Settings
+from diffedit_demo.texts import CANVAS, COMPOSER, PAGE, VIEWER, WORDS, language, say
+
+ALL = {"page": PAGE, "viewer": VIEWER, "composer": COMPOSER, "canvas": CANVAS}
+SAME = {"title", "opened", "crosshair"}
+"""Names and numbers alone."""
 
 
 def values(text: str) -> set[str]:
     return {name for _, name, _, _ in string.Formatter().parse(text) if name}
 
 
-@pytest.mark.parametrize("key", ENGLISH)
-def test_every_text_is_there_in_chinese_with_the_same_values(key: str) -> None:
-    assert values(CHINESE[key]) == values(ENGLISH[key])
-    assert key in ("title", "opened") or re.search(r"[\u4e00-\u9fff]", CHINESE[key])
+def is_chinese(text: str) -> bool:
+    return re.search(r"[\u4e00-\u9fff]", text) is not None
 
 
-def test_no_text_is_left_over() -> None:
-    assert set(CHINESE) == set(ENGLISH)
+@pytest.mark.parametrize("where", ALL)
+def test_every_text_is_there_in_chinese_with_the_same_values(where: str) -> None:
+    english, chinese = ALL[where]["en"], ALL[where]["zh"]
+    assert set(chinese) == set(english)
+    for key, text in english.items():
+        assert values(chinese[key]) == values(text), key
+        assert key in SAME or is_chinese(chinese[key]), key
+        assert not is_chinese(text), key
+
+
+def test_the_forms_of_what_we_ship_have_chinese_words() -> None:
+    schemas = [edit.model_json_schema() for edit in diffedit.edits().values()]
+    listed = [one for schema in schemas for one in fields(schema, {})]
+    listed += pass_fields(Pass.model_json_schema(), [])
+    listed += fields(Settings.model_json_schema(), {})
+    said = {word for one in listed for word in (one.title, one.help)}
+    assert said - set(WORDS["zh"]) == set()
+    assert set(WORDS["zh"]) - said == set()  # none is left over
+    assert all(is_chinese(word) for word in WORDS["zh"].values())
+
+
+@pytest.mark.parametrize("where", ALL)
+def test_no_text_is_unused(where: str) -> None:
+    """Each key stands somewhere in the sources besides the texts themselves."""
+    from pathlib import Path
+
+    here = Path(texts.__file__).parent
+    source = "".join(
+        file.read_text("utf-8")
+        for file in here.rglob("*")
+        if file.suffix in (".py", ".js", ".html") and file.name != "texts.py"
+    )
+    built = {f"preset_{key}" for key in presets(diffedit.edits())}
+    for key in ALL[where]["en"]:
+        assert key in built or re.search(rf"\b{key}\b", source), key
 
 
 @pytest.mark.parametrize(
@@ -43,11 +82,11 @@ def test_the_browsers_language_chooses(header: str, found: str) -> None:
 
 
 def test_values_are_put_in() -> None:
-    assert say("en", "pass", number=2) == "Pass 2"
+    assert say("en", "done", seconds=2) == "Done in 2 s."
     assert say("xx", "run") == "Run"
 
 
 def test_presets_need_their_edits() -> None:
     assert set(presets(diffedit.edits())) == {"paint", "restyle", "vary", "make"}
     assert set(presets({"img2img"})) == {"vary", "make"}
-    assert all(key in ENGLISH for key in presets(diffedit.edits()))
+    assert all(f"preset_{key}" in COMPOSER["en"] for key in presets(diffedit.edits()))

@@ -10,64 +10,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import gradio as gr
-from gradio.components.base import Component
 from gradio.data_classes import FileData, GradioModel
 from gradio.events import EventListener
 from pydantic import Field
 
-from diffedit_demo.components import WithoutStub
+from diffedit_demo.components import Scripted
+from diffedit_demo.texts import CANVAS
 
 __all__ = [
     "LAYERS",
-    "TEXTS",
     "Canvas",
     "CanvasData",
     "Painted",
     "Refused",
     "Shown",
-    "flushed",
 ]
 
 LAYERS = ("A", "B", "C", "D")
 """The names of the masks that can be painted."""
-
-TEXTS: Mapping[str, str] = {
-    "tools": "Mask tools",
-    "open": "Open a picture",
-    "brush": "Brush",
-    "eraser": "Eraser",
-    "rectangle": "Rectangle",
-    "lasso": "Lasso",
-    "fill": "Fill all",
-    "invert": "Invert the mask",
-    "clear": "Clear the mask",
-    "maskFile": "Mask from a file",
-    "undo": "Undo",
-    "redo": "Redo",
-    "size": "Brush size",
-    "pixels": "{size} pixels",
-    "layer": "Mask {layer}",
-    "layerPainted": "Mask {layer}, painted",
-    "zoom": "Zoom",
-    "zoomIn": "Zoom in",
-    "zoomOut": "Zoom out",
-    "zoomed": "{percent} %",
-    "fit": "Fit",
-    "invite": "Open, drop or paste a picture",
-    "empty": "No picture yet",
-    "surface": "{name}, {width} × {height} pixels, {share} % masked in mask {layer}",
-    "crosshair": "{x}, {y}",
-    "corner": "First corner at {x}, {y}",
-    "sending": "Opening {name}",
-    "notPicture": "{name} is not a picture that can be opened",
-    "notShown": "{name} could not be shown",
-    "uploadFailed": "{name} could not be sent: {reason}",
-    "masksFailed": "The mask could not be sent: {reason}",
-}
-"""What the canvas says, in English. {places} are filled in the browser."""
 
 
 class CanvasData(GradioModel):
@@ -144,11 +107,7 @@ class Refused:
     problem: str
 
 
-def _source(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
-
-
-class Canvas(gr.HTML, metaclass=WithoutStub):
+class Canvas(Scripted):
     """A picture with masks to paint over it.
 
     Events: `opened` when the user gave a file (its handler returns a `Shown` or a `Refused`),
@@ -156,6 +115,7 @@ class Canvas(gr.HTML, metaclass=WithoutStub):
     """
 
     data_model = CanvasData
+    folder = "canvas"
     opened = EventListener("opened").listener
     painted = EventListener("painted").listener
 
@@ -163,29 +123,17 @@ class Canvas(gr.HTML, metaclass=WithoutStub):
         self,
         value: Shown | None = None,
         *,
-        texts: Mapping[str, str] | None = None,
+        texts: Mapping[str, Mapping[str, str]] | None = None,
         **settings: Any,
     ) -> None:
         """Put a canvas on the page.
 
         Args:
             value: What to show at first.
-            texts: Translations; what is missing stays English.
+            texts: What it says, by language.
             settings: As for every component: `elem_id`, `visible`, `key`, …
         """
-        super().__init__(
-            value,
-            html_template='<div class="diffedit-canvas"></div>',
-            css_template=_source("canvas.css"),
-            js_on_load=_source("canvas.js"),
-            apply_default_css=False,
-            texts={**TEXTS, **(texts or {})},
-            **settings,
-        )
-
-    def __getattr__(self, name: str) -> NoReturn:
-        """Refuse what is not there: gr.HTML takes every word of the script for an event."""
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        super().__init__(value, texts=texts or CANVAS, **settings)
 
     def preprocess(self, payload: CanvasData | None) -> Painted:  # type: ignore[override]
         """Give handlers what the browser sent.
@@ -221,31 +169,3 @@ class Canvas(gr.HTML, metaclass=WithoutStub):
             feather=value.feather,
             revision=value.revision,
         )
-
-    def api_info(self) -> dict[str, Any]:
-        """Describe the value by its model, not as the text that gr.HTML has."""
-        return Component.api_info(self)
-
-    def example_payload(self) -> Any:
-        """Return an empty canvas."""
-        return CanvasData().model_dump()
-
-    def example_value(self) -> Any:
-        """Return nothing to show."""
-        return None
-
-
-def flushed(position: int = 0) -> str:
-    """JavaScript for `js=` of an event that needs the masks.
-
-    Gradio gathers an event's inputs before it calls its `js`, and awaits what that returns: so the
-    masks are sent here, and the canvas's value is put in its place among the inputs.
-
-    Args:
-        position: Which of the event's inputs the canvas is.
-    """
-    return (
-        "async (...inputs) => {"
-        f" inputs[{position}] = await window.diffedit.canvas.flush();"
-        " return inputs; }"
-    )

@@ -1,4 +1,3 @@
-"use strict";
 // The mask canvas. Gradio runs this file as the body of a function of `element`, `trigger`,
 // `props`, `upload` and `watch`, once for each time that the component is put on the page.
 //
@@ -553,29 +552,7 @@ const KEYS = {
   fit: "0",
 };
 
-/**
- * @param {string} tag
- * @param {Record<string, string>} [attributes]
- * @param {(Node | string)[]} children
- * @returns {any} an element
- */
-function make(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
-
-function icon(name) {
-  const space = "http://www.w3.org/2000/svg";
-  const svg = document.createElementNS(space, "svg");
-  for (const [key, value] of Object.entries({ viewBox: "0 0 24 24", "aria-hidden": "true" })) {
-    svg.setAttribute(key, value);
-  }
-  const path = svg.appendChild(document.createElementNS(space, "path"));
-  path.setAttribute("d", ICONS[name]);
-  return svg;
-}
+const icon = (name) => drawing(ICONS[name]);
 
 /**
  * One tab stop for all buttons; arrow keys, Home and End move within.
@@ -599,13 +576,9 @@ function roving(toolbar) {
 
 // ------------------------------------------------------------------------------------- the canvas
 
-const TEXTS = props.texts;
+const say = speaker(props.texts);
 
 /** A text with its {places} filled. */
-function say(key, places = {}) {
-  return TEXTS[key].replace(/\{(\w+)\}/g, (_, place) => String(places[place] ?? ""));
-}
-
 const percent = (share) => (share > 0 && share < 0.01 ? "< 1" : String(Math.round(100 * share)));
 
 /** Everything that changes. `surface` is null until a picture is shown. */
@@ -656,8 +629,8 @@ function button(name, act, options = {}) {
   const key = KEYS[name];
   const node = make("button", {
     type: "button",
-    "aria-label": TEXTS[name],
-    title: key ? `${TEXTS[name]} (${key.replace("Control", "Ctrl")})` : TEXTS[name],
+    "aria-label": say(name),
+    title: key ? `${say(name)} (${key.replace("Control", "Ctrl")})` : say(name),
     "data-name": name,
     ...(key ? { "aria-keyshortcuts": key } : {}),
     ...(options.toggle ? { "aria-pressed": "false" } : {}),
@@ -693,7 +666,7 @@ function buildToolbar(files) {
   const group = (...nodes) => make("span", { class: "group" }, ...nodes);
   const toolbar = make(
     "div",
-    { class: "tools", role: "toolbar", "aria-label": TEXTS.tools },
+    { class: "tools", role: "toolbar", "aria-label": say("tools") },
     group(button("open", () => files.picture.click())),
     group(...tools),
     group(button("undo", undo), button("redo", redo)),
@@ -709,10 +682,10 @@ function buildToolbar(files) {
 }
 
 function buildSlider() {
-  const slider = make("input", { type: "range", min: "0", max: "9", step: "0.05", "aria-label": TEXTS.size });
+  const slider = make("input", { type: "range", min: "0", max: "9", step: "0.05", "aria-label": say("size") });
   slider.addEventListener("input", () => choose({ size: Math.round(2 ** Number(slider.value)) }));
   const shown = make("output", {});
-  return { slider, shown, box: make("label", { class: "size", title: `${TEXTS.size} ([ ])` }, TEXTS.size, slider, shown) };
+  return { slider, shown, box: make("label", { class: "size", title: `${say("size")} ([ ])` }, say("size"), slider, shown) };
 }
 
 function buildSurface() {
@@ -733,7 +706,7 @@ function buildPage() {
   const zoomed = make("span", { class: "zoomed" });
   const zoom = make(
     "div",
-    { class: "zoom", role: "toolbar", "aria-label": TEXTS.zoom },
+    { class: "zoom", role: "toolbar", "aria-label": say("zoom") },
     button("zoomOut", () => zoomBy(1 / 1.25)),
     zoomed,
     button("zoomIn", () => zoomBy(1.25)),
@@ -741,7 +714,7 @@ function buildPage() {
   );
   const alert = make("p", { class: "alert", role: "alert", hidden: "" });
   const live = make("p", { class: "unseen", "aria-live": "polite" });
-  const invite = make("button", { type: "button", class: "invite" }, TEXTS.invite);
+  const invite = make("button", { type: "button", class: "invite" }, say("invite"));
   invite.addEventListener("click", () => files.picture.click());
   const stage = make("div", { class: "stage" }, parts.surface, invite, zoom);
   const root = element.querySelector(".diffedit-canvas");
@@ -765,7 +738,7 @@ function announce(line) {
 
 /** What the surface shows, in words. */
 function describe() {
-  if (!my.surface) return TEXTS.empty;
+  if (!my.surface) return say("empty");
   const { name, width, height } = my.given;
   const share = percent(my.layers[my.active].share);
   return say("surface", { name, width, height, layer: my.active, share });
@@ -1265,18 +1238,6 @@ function present() {
 const maybePicture = (file) =>
   file.type.startsWith("image/") ? !file.type.includes("svg") : !file.type && PICTURE_NAMES.test(file.name);
 
-/**
- * @param {File} file
- * @returns {Promise<object>} as Gradio's FileData
- */
-async function sent(file) {
-  const { path, url } = await upload(file);
-  return {
-    path, url, size: file.size, orig_name: file.name, mime_type: file.type || null, is_stream: false,
-    meta: { _type: "gradio.FileData" },
-  }; // prettier-ignore
-}
-
 /** Send a picture as it is and ask the server to show it. */
 async function openPicture(file) {
   if (!maybePicture(file)) return complain(say("notPicture", { name: file.name }));
@@ -1292,8 +1253,6 @@ async function openPicture(file) {
     ui.root.classList.remove("busy");
   }
 }
-
-const reasonOf = (error) => (error instanceof Error ? error.message : String(error));
 
 async function openMask(file) {
   if (!my.surface) return;

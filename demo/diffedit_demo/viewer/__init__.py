@@ -10,12 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
 from gradio.data_classes import FileData, GradioModel
 
-from diffedit_demo.components import WithoutStub
-
-_HERE = Path(__file__).parent
+from diffedit_demo.components import Scripted
 
 
 class ViewerData(GradioModel):
@@ -43,21 +40,17 @@ class Shown:
     name: str = ""
 
 
-class Viewer(gr.HTML, metaclass=WithoutStub):
+class Viewer(Scripted):
     """Shows a `Shown`."""
 
     data_model = ViewerData
+    folder = "viewer"
 
-    def __init__(self, said: Mapping[str, str], **options: Any) -> None:
-        # Props of a component in a tab that is not open yet do not reach its script: in the markup.
-        template = (_HERE / "viewer.html").read_text("utf-8")
-        super().__init__(
-            value=None,
-            html_template=template.replace("TEXTS", html.escape(json.dumps(dict(said)))),
-            css_template=(_HERE / "viewer.css").read_text("utf-8"),
-            js_on_load=(_HERE / "viewer.js").read_text("utf-8"),
-            **options,
-        )
+    def __init__(self, texts: Mapping[str, Mapping[str, str]], **options: Any) -> None:
+        """Put it on the page; `texts` is what it says, by language."""
+        markup = Path(__file__).with_name("viewer.html").read_text("utf-8")
+        said = json.dumps({tag: dict(one) for tag, one in texts.items()})
+        super().__init__(markup=markup.replace("TEXTS", html.escape(said)), **options)
 
     def preprocess(self, payload: ViewerData | None) -> None:  # type: ignore[override]
         """Nothing comes back from it."""
@@ -75,15 +68,3 @@ class Viewer(gr.HTML, metaclass=WithoutStub):
             preview=preview,
             name=value.name,
         )
-
-    def api_info(self) -> dict[str, Any]:
-        """What the API says of it."""
-        return {"type": "object", "description": "what a run shows"}
-
-    def example_payload(self) -> Any:
-        """None to give."""
-        return None
-
-    def example_value(self) -> Any:
-        """None to give."""
-        return None

@@ -1,5 +1,6 @@
 // Previews replace each other; pictures to compare stay in place, whatever the slider says.
 const root = element.querySelector(".viewer");
+const say = speaker(JSON.parse(root.dataset.texts));
 const part = (name) => root.querySelector(`.${name}`);
 const [before, after, preview, share, hold, difference] = [
   "before", "after", "preview", "share", "hold", "difference",
@@ -11,10 +12,7 @@ function set(name, on) {
   (name === "holding" ? hold : difference).setAttribute("aria-pressed", String(on));
 }
 
-const texts = JSON.parse(root.dataset.texts);
-for (const one of root.querySelectorAll("[data-text]")) {
-  one.textContent = texts[one.dataset.text];
-}
+for (const one of root.querySelectorAll("[data-text]")) one.textContent = say(one.dataset.text);
 
 function show() {
   const value = props.value ?? {};
@@ -28,9 +26,9 @@ function show() {
     if (file) image.src = file.url;
     else image.removeAttribute("src");
   }
-  before.alt = texts.before;
-  after.alt = value.name || texts.after;
-  preview.alt = value.name || texts.after;
+  before.alt = say("before");
+  after.alt = value.name || say("after");
+  preview.alt = value.name || say("after");
 }
 
 share.addEventListener("input", () => root.style.setProperty("--share", `${share.value}%`));

@@ -1,0 +1,50 @@
+"""Colours, fonts and the style sheet of the page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from diffedit_demo.texts import PAGE
+
+_CSS = """
+.run-bar { position: sticky; top: 0; z-index: 20; padding: 6px 0; gap: 6px !important;
+  background: var(--body-background-fill); }
+.fault { color: var(--error-text-color); font-weight: 600; margin: 0; }
+#status progress { width: 100%; accent-color: var(--color-accent); }
+@media (max-width: 640px) {
+  .run-bar { position: fixed; inset: auto 0 0 0; padding: 8px 12px;
+    border-top: 1px solid var(--border-color-primary); }
+  .run-bar .row { flex-wrap: nowrap; }
+  .run-bar .row > * { min-width: 0 !important; }
+  .gradio-container { padding-bottom: 120px !important; }
+}
+"""
+
+
+def translations() -> gr.I18n:
+    """The texts, for what the browser translates itself."""
+    return gr.I18n(**{tag: dict(texts) for tag, texts in PAGE.items()})
+
+
+def look() -> dict[str, Any]:
+    """What `gr.mount_gradio_app` has to be told besides the page."""
+    return {"css": _CSS, "i18n": translations(), "theme": theme()}
+
+
+def theme() -> gr.themes.Base:
+    """Gradio's own, with system fonts and text that has contrast."""
+    fonts = ["system-ui", "sans-serif"]
+    mono = ["ui-monospace", "monospace"]
+    made = gr.themes.Base(primary_hue="indigo", neutral_hue="slate", font=fonts, font_mono=mono)
+    return made.set(
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_600",
+        button_primary_text_color="white",
+        error_text_color="#b42318",
+        error_text_color_dark="#fda29b",
+    )
