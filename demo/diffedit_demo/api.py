@@ -42,7 +42,7 @@ class Endpoints:
                 for name in ("image", "mask")
             )
             edit, prompt, negative, model, workflow = (
-                gr.Textbox(label=name)
+                gr.Textbox("", label=name)
                 for name in ("edit", "prompt", "negative", "model", "workflow")
             )
             parameters = gr.JSON(label="parameters", value={})

@@ -11,6 +11,19 @@ from diffedit_demo.texts import PAGE
 _CSS = """
 .run-bar { position: sticky; top: 0; z-index: 20; padding: 6px 0; gap: 6px !important;
   background: var(--body-background-fill); }
+button[role="tab"][aria-selected="true"] { color: var(--body-text-color) !important; }
+.heading { display: flex; align-items: center; gap: 12px; }
+.heading h1 { margin: 0; }
+.heading button { width: 32px; height: 32px; border: 1px solid var(--border-color-primary);
+  border-radius: 50%; color: var(--body-text-color); font-weight: 700; }
+#keys { margin: auto; padding: 20px; border: 1px solid var(--border-color-primary);
+  border-radius: 8px; background: var(--background-fill-primary); color: var(--body-text-color); }
+#keys::backdrop { background: rgb(0 0 0 / 40%); }
+#keys caption { padding-bottom: 8px; font-weight: 700; text-align: start; }
+#keys :is(th, td) { padding: 4px 12px 4px 0; text-align: start; vertical-align: top; }
+#keys table:not(:lang(en)) { display: none; }
+:root:lang(zh) #keys table:lang(zh) { display: table; }
+:root:lang(zh) #keys table:lang(en) { display: none; }
 .fault { color: var(--error-text-color); font-weight: 600; margin: 0; }
 #status progress { width: 100%; accent-color: var(--color-accent); }
 @media (max-width: 640px) {

@@ -16,6 +16,7 @@ import gradio as gr
 from diffedit import Editor, Workflow
 from diffedit.errors import DiffeditError, InputError
 from diffedit.plugins import default
+from diffedit_demo.about import card, heading, memory
 from diffedit_demo.api import Endpoints
 from diffedit_demo.canvas import Canvas, Painted, Refused, Shown
 from diffedit_demo.code import LANGUAGES
@@ -87,7 +88,7 @@ class _Page:
 
     def lay_out(self) -> None:
         """Put everything on the page, and tie the events."""
-        gr.HTML("<h1>diffedit</h1>", padding=False)
+        gr.HTML(heading(), padding=False)
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
                 self._left()
@@ -125,7 +126,9 @@ class _Page:
             self.status = gr.HTML(_status(PAGE["en"]["ready"]), elem_id="status", padding=False)
             with gr.Row():
                 self.run = gr.Button(t("run"), variant="primary", elem_id="run")
-                self.cancel = gr.Button(t("cancel"), variant="stop", interactive=False)
+                self.cancel = gr.Button(
+                    t("cancel"), variant="stop", interactive=False, elem_id="cancel"
+                )
         for name, why in self.workspace.plugins.broken.items():
             gr.HTML(f'<p class="fault">{html.escape(say("en", "broken", name=name, why=why))}</p>')
         self.composer = Composer(forms=self.workspace.forms(), texts=COMPOSER, elem_id="composer")
@@ -142,6 +145,10 @@ class _Page:
                 label=t("code_text"), lines=6, max_lines=16, interactive=False, visible=False,
                 buttons=["copy"], elem_id="code",
             )  # fmt: skip
+
+        with gr.Accordion(t("about"), open=False, elem_id="about"):
+            for source in self.workspace.models.sources:
+                gr.Markdown(card(source))
 
     def _tie(self) -> None:
         self.canvas.opened(self._opened, self.canvas, self._all(), **_FREE)
@@ -215,7 +222,8 @@ class _Page:
         began = time.monotonic()
         try:
             yield from self._run(desk, order, painted, composed, made, tongue)
-            said = _status(say(tongue, "done", seconds=f"{time.monotonic() - began:.1f}"))
+            seconds = f"{time.monotonic() - began:.1f}"
+            said = _status(say(tongue, "done", seconds=seconds, memory=memory()))
         except Cancelled:
             said = _status(say(tongue, "cancelled"))
         except DiffeditError as error:

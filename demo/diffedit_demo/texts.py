@@ -31,7 +31,7 @@ PAGE: Texts = {
         "left": ", about {seconds} s left",
         "cancelling": "Cancelling…",
         "cancelled": "Cancelled. Nothing was changed.",
-        "done": "Done in {seconds} s.",
+        "done": "Done in {seconds} s; {memory} of memory in use.",
         "failed": "Something went wrong on the server; the log says what.",
         "running": "A run is under way already.",
         "wrong": "Not run: {why}",
@@ -54,6 +54,8 @@ PAGE: Texts = {
         "broken": "The plugin {name} could not be loaded: {why}",
         "opened": "{name}, {width}×{height}",
         "seed_title": "seed {seed}",
+        "keys": "Keys",
+        "about": "About the model: licence and limits",
     },
     "zh": {
         "title": "diffedit",
@@ -69,7 +71,7 @@ PAGE: Texts = {
         "left": ",约剩 {seconds} 秒",
         "cancelling": "正在取消……",
         "cancelled": "已取消,图片未改动。",
-        "done": "完成,用时 {seconds} 秒。",
+        "done": "完成,用时 {seconds} 秒;占用内存 {memory}。",
         "failed": "服务器出错,详情见日志。",
         "running": "已有任务正在运行。",
         "wrong": "未运行:{why}",
@@ -92,6 +94,8 @@ PAGE: Texts = {
         "broken": "插件 {name} 无法加载:{why}",
         "opened": "{name},{width}×{height}",
         "seed_title": "种子 {seed}",
+        "keys": "快捷键",
+        "about": "关于模型:许可与限制",
     },
 }
 
@@ -251,6 +255,35 @@ CANVAS: Texts = {
         "notShown": "{name} 无法显示",
         "uploadFailed": "{name} 无法上传:{reason}",
         "masksFailed": "蒙版无法上传:{reason}",
+    },
+}
+
+KEYS: Texts = {
+    "en": {
+        "Ctrl+Enter": "Run",
+        "Ctrl+.": "Cancel the run",
+        "B, E, R, L": "Brush, eraser, rectangle, lasso",
+        "[ and ]": "Smaller and larger brush",
+        "I": "Invert the mask",
+        "Ctrl+Z, Ctrl+Shift+Z": "Undo and redo strokes",
+        "Ctrl+V": "Open the picture in the clipboard",
+        "+, −, 0": "Zoom in, out, fit",
+        "Space": "Hold and drag: move the picture",
+        "Arrows, Enter": "On the picture: a rectangle without a mouse",
+        "Alt+↑, Alt+↓": "On a pass or edit: move it",
+    },
+    "zh": {
+        "Ctrl+Enter": "运行",
+        "Ctrl+.": "取消运行",
+        "B, E, R, L": "画笔、橡皮、矩形、套索",
+        "[ and ]": "缩小、放大画笔",
+        "I": "反转蒙版",
+        "Ctrl+Z, Ctrl+Shift+Z": "撤销、重做笔画",
+        "Ctrl+V": "打开剪贴板中的图片",
+        "+, −, 0": "放大、缩小、适合窗口",
+        "Space": "按住并拖动:移动图片",
+        "Arrows, Enter": "在图片上:不用鼠标画矩形",
+        "Alt+↑, Alt+↓": "在一遍或编辑上:移动它",
     },
 }
 

@@ -598,7 +598,22 @@ async function flush() {
   return copied(props.value);
 }
 
-my.stack = { settings: {}, passes: [] };
+/** Run and Cancel are buttons of the page, and the keys for them work wherever one is typing. */
+const life = new AbortController();
+document.addEventListener(
+  "keydown",
+  (event) => {
+    if (!element.isConnected) return life.abort();
+    const id = { Enter: "run", ".": "cancel" }[event.key];
+    if (!id || !(event.ctrlKey || event.metaKey) || event.repeat) return;
+    event.preventDefault();
+    document.getElementById(id)?.click();
+  },
+  { signal: life.signal },
+);
+// For what is said in the page's own language without a script.
+document.documentElement.lang = TONGUE;
+
 actions.preset(PRESETS[0].key);
 publish();
 draw();
