@@ -12,6 +12,10 @@ _CSS = """
 .run-bar { position: sticky; top: 0; z-index: 20; padding: 6px 0; gap: 6px !important;
   background: var(--body-background-fill); }
 button[role="tab"][aria-selected="true"] { color: var(--body-text-color) !important; }
+/* Otherwise nothing in it is sticky. */
+.gradio-container { overflow: clip visible !important; }
+#history .grid-container { grid-template-columns: repeat(auto-fill, 104px) !important; }
+#history .thumbnail-item { height: 104px; }
 .heading { display: flex; align-items: center; gap: 12px; }
 .heading h1 { margin: 0; }
 .heading button { width: 32px; height: 32px; border: 1px solid var(--border-color-primary);
