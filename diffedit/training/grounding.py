@@ -21,11 +21,14 @@ SMALLEST = 8
 """Least side of the attention that is told, in cells: coarser cells hold several objects."""
 
 
+# Not an attribute: a UNet that is watched is copied and saved like any other.
+_recording = threading.local()
+
+
 class Watched:
     """Keeps the cross-attention of a UNet while :meth:`recording`, each thread its own."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
-        self._local = threading.local()
         processors = dict(unet.attn_processors)
         for name in processors:
             if ".attn2." in name:
@@ -36,16 +39,16 @@ class Watched:
     def recording(self) -> Iterator[list[Tensor]]:
         """The attention of every layer in the block, heads averaged: (n, cells, tokens) each."""
         found: list[Tensor] = []
-        self._local.found = found
+        _recording.now = (self, found)
         try:
             yield found
         finally:
-            del self._local.found
+            del _recording.now
 
     def saw(self, attention: Tensor, heads: int) -> None:
         """Keep attention (n · heads, cells, tokens)."""
-        found = getattr(self._local, "found", None)
-        if found is not None:
+        watched, found = getattr(_recording, "now", (None, []))
+        if watched is self:
             found.append(attention.unflatten(0, (-1, heads)).mean(1))
 
 

@@ -210,3 +210,13 @@ def test_grounding_keeps_activations(tmp_path: Path, small_model: Path) -> None:
     how = training(tmp_path, small_model, grounding=1.0, checkpointing=True)
     with pytest.raises(InputError, match="grounding and checkpointing do not go together"):
         DenoiserTask(how, CPU)
+
+
+def test_a_model_that_was_told_is_written_like_any_other(tmp_path: Path, small_model: Path) -> None:
+    how = training(tmp_path, small_model, grounding=1.0, steps=1)
+    task = DenoiserTask(how, CPU)
+    train(task, how, accelerator(how))
+    task.export(tmp_path / "result")
+    made = load(str(tmp_path / "result"), CPU).unet
+    for name, weight in task.parts.unet.state_dict().items():
+        assert torch.allclose(made.state_dict()[name], weight, atol=2e-3), name
