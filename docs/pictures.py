@@ -18,7 +18,7 @@ from diffedit_inpaint import Inpaint
 ROOT = Path(__file__).resolve().parent.parent
 PHOTO = ROOT / "examples" / "coffee.png"
 MASK = ROOT / "examples" / "coffee-mask.png"
-PROMPTS = (("a yellow star", 4), ("a white ring", 3), ("a cyan triangle", 4))
+PROMPTS = (("a yellow star", 7), ("a white ring", 6), ("a cyan triangle", 6))
 
 
 def main() -> None:

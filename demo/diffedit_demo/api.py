@@ -142,11 +142,14 @@ class Endpoints:
         self.workspace.check(workflow)
         # A desk of its own: calls of one session have nothing to do with each other.
         desk = Desk(self.workspace.sessions[request.session_hash])
-        file = None if image is None else desk.open(Path(image)).file
+        file = None
+        if image is not None:
+            desk.checked(Path(image))
+            file = Path(image)
         made: list[str] = []
 
         def done(result: Any) -> None:
-            for one in desk.made(result):
+            for one in desk.made(result, None):
                 desk.session.remove(one.shown)
                 made.append(str(one.file))
 

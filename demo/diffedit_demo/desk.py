@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import secrets
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ class Candidate:
     seed: int
     workflow: str
     size: tuple[int, int]
+    parent: Node | None
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Order:
     """What is to be run, as the page was when Run was pressed."""
 
     what: Any
+    source: Node | None
     cancel: threading.Event = field(default_factory=threading.Event)
 
 
@@ -77,24 +80,29 @@ class Desk:
     chosen: int = 0
     waiting: Order | None = None
     running: Order | None = None
+    number: int = field(default_factory=lambda: secrets.randbelow(1 << 40))
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     # --- orders -----------------------------------------------------------------------------------
 
     def order(self, what: Any) -> None:
         """Have something run once it is this session's turn, in place of what waited."""
-        self.waiting = Order(what)
+        with self._lock:
+            self.waiting = Order(what, self.history.now)
 
     def begin(self) -> Order | None:
         """Its turn has come; None where it was cancelled meanwhile."""
-        self.running, self.waiting = self.waiting, None
-        return self.running
+        with self._lock:
+            self.running, self.waiting = self.waiting, None
+            return self.running
 
     def cancel(self) -> bool:
         """End what waits or runs. Whether something runs, which ends after its step under way."""
-        self.waiting = None
-        if self.running is not None:
-            self.running.cancel.set()
-        return self.running is not None
+        with self._lock:
+            self.waiting = None
+            if self.running is not None:
+                self.running.cancel.set()
+            return self.running is not None
 
     # --- opening ----------------------------------------------------------------------------------
 
@@ -106,7 +114,6 @@ class Desk:
         """
         picture = self.checked(upload, name or upload.name)
         file = self.session.add(upload, upload.suffix.lower() or ".png", pinned=True)
-        self.discard()
         shown = self.show(picture)
         return self.history.add(file, shown, name or upload.name, picture.size)
 
@@ -146,6 +153,7 @@ class Desk:
         stack: Stack,
         settings: Settings,
         pictures: Mapping[str, Path],
+        source: Node | None,
         *,
         plugins: Plugins,
     ) -> Workflow:
@@ -153,6 +161,7 @@ class Desk:
 
         Args:
             pictures: what the browser sent: painted masks by ``"layer:A"``, files by ``"own:…"``.
+            source: the picture to edit; None: one is made from nothing.
 
         Raises:
             InputError: says where, as ``passes.0.edits.1.inpaint.mask``.
@@ -164,7 +173,7 @@ class Desk:
 
         def picked(where: str, pick: Any) -> Any:
             try:
-                return self.picked(pick, pictures)
+                return self.picked(pick, pictures, source)
             except InputError as error:
                 raise type(error)(f"{where}: {error}") from None
 
@@ -172,11 +181,11 @@ class Desk:
         if not data["passes"]:
             raise WorkflowError("there is no pass to run: add one, or switch one on")
         data |= {"model": settings.model, "seed": settings.seeds}
-        if self.history.now is None:
+        if source is None:
             data["size"] = [settings.width, settings.height]
         return Workflow.from_data(data, where="the page", plugins=plugins, files=False)
 
-    def picked(self, pick: Any, pictures: Mapping[str, Path]) -> Any:
+    def picked(self, pick: Any, pictures: Mapping[str, Path], source: Node | None) -> Any:
         """The picture that a pick stands for.
 
         Raises:
@@ -184,11 +193,11 @@ class Desk:
         """
         kind, _, name = str(pick).partition(":")
         if kind == "layer":
-            return self._painted(name, pictures.get(pick))
+            return self._painted(name, pictures.get(pick), source)
         if kind == "source":
-            if self.history.now is None:
+            if source is None:
                 raise InputError("there is no picture yet: open one")
-            return open_picture(self.history.now.file.read_bytes())
+            return open_picture(source.file.read_bytes())
         if kind == "result" and name.isdecimal() and int(name) < len(self.history):
             return open_picture(self.history.nodes[int(name)].file.read_bytes())
         if kind == "own" and pick in pictures:
@@ -206,14 +215,13 @@ class Desk:
         _, _, content = data.partition(",")
         return self.session.add(base64.b64decode(content), ".png", pinned=True)
 
-    def _painted(self, name: str, file: Path | None) -> npt.NDArray[np.uint8]:
-        now = self.history.now
-        if now is None or file is None:
+    def _painted(self, name: str, file: Path | None, source: Node | None) -> npt.NDArray[np.uint8]:
+        if source is None or file is None:
             raise MaskError(f"nothing is painted on mask {name}: paint where it is to change")
         mask = read_mask(open_picture(file))
         image = PIL.Image.fromarray((mask * 255).round().astype(np.uint8))
-        if image.size != now.size:
-            image = image.resize(now.size, PIL.Image.Resampling.BILINEAR)
+        if image.size != source.size:
+            image = image.resize(source.size, PIL.Image.Resampling.BILINEAR)
         # Strokes have soft edges on the screen; a mask's greys would mean "change later".
         binary = np.where(np.asarray(image) >= 128, 255, 0).astype(np.uint8)
         if not binary.any():
@@ -222,14 +230,14 @@ class Desk:
 
     # --- what came of it --------------------------------------------------------------------------
 
-    def made(self, result: Result) -> list[Candidate]:
+    def made(self, result: Result, parent: Node | None) -> list[Candidate]:
         """What came of a run, as files, each with the workflow that makes just it."""
         found = []
         for picture, seed in zip(result.pictures, result.seeds, strict=True):
             one = result.workflow.model_copy(update={"seed": seed})
             text = one.to_yaml()
             file = self.session.add(encode_png(picture, {KEYWORD: text}), ".png", pinned=True)
-            found.append(Candidate(file, self.show(picture), seed, text, picture.size))
+            found.append(Candidate(file, self.show(picture), seed, text, picture.size, parent))
         return found
 
     def propose(self, candidates: list[Candidate]) -> None:
@@ -246,9 +254,8 @@ class Desk:
         if not 0 <= index < len(self.candidates):
             raise InputError("there is nothing to keep: run something first")
         one = self.candidates[index]
-        now = self.history.now
         title = f"seed {one.seed}"
-        parent = None if now is None else now.id
+        parent = None if one.parent is None else one.parent.id
         del self.candidates[index]
         self.discard()
         return self.history.add(one.file, one.shown, title, one.size, one.workflow, parent)
@@ -261,16 +268,18 @@ class Desk:
         self.candidates = []
 
     def changes(self, candidate: Candidate) -> Changes | None:
-        """What a candidate changed of the picture on the desk; None if they cannot be compared."""
-        now = self.history.now
-        if now is None or now.size != candidate.size:
+        """What a candidate changed of what it was made from; None if they cannot be compared."""
+        source = candidate.parent
+        if source is None or source.size != candidate.size:
             return None
-        before, after = (open_picture(one).pixels for one in (now.file, candidate.file))
+        before, after = (open_picture(one).pixels for one in (source.file, candidate.file))
         if before.shape != after.shape:
             return None
         where = before != after
         where = where.any(axis=2) if where.ndim == 3 else where
         masks = masks_of(Workflow.from_yaml(candidate.workflow))
+        if any(one.shape != where.shape for one in masks):
+            return None
         if not masks:
             return Changes(0, int(where.sum()), 0.0, False)
         inside = np.maximum.reduce(masks) > 0

@@ -23,6 +23,7 @@ from diffedit_demo.code import LANGUAGES
 from diffedit_demo.components import flushed
 from diffedit_demo.composer import Composed, Composer, Fault, Hint, Past, Tell
 from diffedit_demo.desk import Candidate, Changes, Desk, Order, read_workflow
+from diffedit_demo.history import Node
 from diffedit_demo.jobs import Cancelled, Models, Progress, run
 from diffedit_demo.look import look, translations
 from diffedit_demo.sessions import Sessions
@@ -61,7 +62,7 @@ def build(sources: Sequence[str], sessions: Sessions, options: Options) -> gr.Bl
     from diffedit_demo.server import is_loopback
 
     load = partial(Editor.load, device=options.device, dtype=options.dtype)
-    trusted = is_loopback(options.host) and not options.users
+    trusted = is_loopback(options.host) and not (options.users or options.allow_hosts)
     return page(Workspace(Models(sources, load), sessions, default(), trusted))
 
 
@@ -159,12 +160,16 @@ class _Page:
         # What was on the page when Run was pressed is what runs, whenever its turn comes.
         begun = self.run.click(
             self._ordered, [self.canvas, self.composer], [self.run, self.cancel, self.status],
-            js=flushed({"canvas": 0, "composer": 1}), queue=False, **_QUIET,
+            js=flushed({"canvas": 0, "composer": 1}), queue=False, trigger_mode="multiple",
+            **_QUIET,
         )  # fmt: skip
-        begun.then(
+        ran = begun.then(
             self._runs, None, [*self._all(), self.run, self.cancel, self.download, self.save],
-            concurrency_id="model", concurrency_limit=1, **_QUIET,
+            concurrency_id="model", concurrency_limit=1, trigger_mode="multiple", **_QUIET,
         )  # fmt: skip
+        ran.failure(
+            self._turned_away, None, [self.run, self.cancel, self.status], queue=False, **_QUIET
+        )
         self.cancel.click(
             self._cancelled, None, [self.status, self.run, self.cancel], queue=False, **_QUIET
         )
@@ -191,8 +196,8 @@ class _Page:
         ]  # fmt: skip
 
     def closed(self, request: gr.Request) -> None:
-        """Let go of all that a closed tab had."""
-        self.workspace.close(_session(request))
+        """End what a closed tab asked for."""
+        self.workspace.leave(_session(request))
 
     def _desk(self, request: gr.Request) -> Desk:
         return self.workspace.desk(_session(request))
@@ -205,6 +210,15 @@ class _Page:
             self.run: gr.update(interactive=False),
             self.cancel: gr.update(interactive=True),
             self.status: _status(say(_language(request), "waiting")),
+        }
+
+    def _turned_away(self, request: gr.Request) -> Updates:
+        """The queue is full, or the connection broke: nothing waits any more."""
+        self._desk(request).cancel()
+        return {
+            self.run: gr.update(interactive=True),
+            self.cancel: gr.update(interactive=False),
+            self.status: _status(say(_language(request), "full"), alert=True),
         }
 
     def _runs(self, request: gr.Request) -> Iterator[Updates]:
@@ -235,15 +249,18 @@ class _Page:
             said = _status(say(tongue, "failed"), alert=True)
         finally:
             desk.running = None
-        if made:
-            desk.propose(made)
-        yield {**ended, **self._results(desk, tongue), self.status: said}
+            if made:
+                desk.propose(made)
+        # In two: whatever is wrong with the pictures, one can run again.
+        yield {**ended, self.status: said}
+        yield self._results(desk, tongue)
 
     def _run(
         self, desk: Desk, order: Order, painted: Painted, composed: Composed,
         made: list[Candidate], tongue: str,
     ) -> Iterator[Updates]:  # fmt: skip
-        workflow = self._workflow(desk, painted, composed)
+        source = order.source
+        workflow = self._workflow(desk, painted, composed, source)
         models = self.workspace.models
         yield {
             self.status: _status(
@@ -254,23 +271,30 @@ class _Page:
             self.composer: Tell(faults=[]),
             self.tabs: gr.update(selected="result"),
             self.candidates: gr.update(value=[], visible=False),
+            self.keep: gr.update(interactive=False),
+            self.discard: gr.update(interactive=False),
             self.changes: "",
         }
-        now = desk.history.now
         with models.editor(workflow.model) as editor:
-            file = None if now is None else now.file
+            file = None if source is None else source.file
             for one in run(
-                editor, file, workflow, order.cancel, lambda result: made.extend(desk.made(result))
+                editor,
+                file,
+                workflow,
+                order.cancel,
+                lambda result: made.extend(desk.made(result, source)),
             ):
                 update: Updates = {self.status: _status(progress(tongue, one), one)}
                 if one.preview is not None:
                     update[self.viewer] = Look(preview=one.preview)
                 yield update
 
-    def _workflow(self, desk: Desk, painted: Painted, composed: Composed) -> Workflow:
+    def _workflow(
+        self, desk: Desk, painted: Painted, composed: Composed, source: Node | None
+    ) -> Workflow:
         settings = self.workspace.settings(composed.settings)
         pictures = _pictures(painted, composed)
-        return self.workspace.workflow(desk, composed.stack, settings, pictures)
+        return self.workspace.workflow(desk, composed.stack, settings, pictures, source)
 
     def _cancelled(self, request: gr.Request) -> Updates:
         tongue = _language(request)
@@ -315,12 +339,12 @@ class _Page:
 
     def _candidate(self, desk: Desk, index: int, tongue: str) -> Updates:
         desk.chosen = index
-        one, now = desk.candidates[index], desk.history.now
+        one = desk.candidates[index]
         workflow = desk.session.folder / "workflow.yaml"
         workflow.write_text(one.workflow, "utf-8")
         return {
             self.viewer: Look(
-                now.shown if now is not None and now.size == one.size else None, one.shown
+                one.parent.shown if one.parent and one.parent.size == one.size else None, one.shown
             ),
             self.changes: _counted(tongue, desk.changes(one)),
             self.download: gr.update(value=str(one.file), interactive=True),
@@ -383,8 +407,9 @@ class _Page:
         shown = now and Shown(
             picture=now.shown, name=now.title, width=now.size[0], height=now.size[1],
             # What is made of a picture has its size: its masks stay good, back and forth.
-            revision=history.path()[0].id + 1,
+            revision=desk.number + history.path()[0].id,
         )  # fmt: skip
+        made = self._results(desk, _language(request)) if desk.candidates else {}
         return {
             self.canvas: shown,
             self.composer: Tell(pictures=[Past(one.id, one.title, one.shown) for one in history]),
@@ -401,6 +426,8 @@ class _Page:
             self.changes: "",
             self.status: _status(said or say(_language(request), "ready")),
             self.tabs: gr.update(selected="edit"),
+            # What was made and is neither kept nor discarded stays where it is.
+            **{part: update for part, update in made.items() if part in self._all()},
         }
 
     def _written(
@@ -409,13 +436,17 @@ class _Page:
         """What is on the page, in a language to copy it in."""
         desk = self._desk(request)
         try:
-            workflow = self._workflow(desk, painted, composed)
+            workflow = self._workflow(desk, painted, composed, desk.history.now)
         except InputError as error:
             return self._refused(composed, error, request) | {
                 self.code: gr.update(value="", visible=False)
             }
-        root = desk.history.path()[:1]
-        said = LANGUAGES[chosen](workflow, root[0].title if root else None)
+        now = desk.history.now
+        # What was made here has to be downloaded first.
+        source = None
+        if now is not None:
+            source = "picture.png" if now.workflow else now.title
+        said = LANGUAGES[chosen](workflow, source)
         return {self.code: gr.update(value=said, visible=True)}
 
     def _refused(self, composed: Composed, error: DiffeditError, request: gr.Request) -> Updates:

@@ -13,19 +13,23 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from diffedit import Pass, Workflow
+from diffedit import Pass, Picture, Workflow
 from diffedit.errors import InputError, nearest
 from diffedit.plugins import Plugins
 from diffedit.preprocessors import Preprocess
 from diffedit.schedulers import SCHEDULERS
 from diffedit_demo.desk import Desk
 from diffedit_demo.forms import Field, fields, pass_fields
+from diffedit_demo.history import Node
 from diffedit_demo.jobs import Models
 from diffedit_demo.presets import presets
 from diffedit_demo.sessions import Sessions
 from diffedit_demo.settings import MOST_PICTURES, MOST_SIDE, Settings
 from diffedit_demo.stack import MOST_EDITS, MOST_PASSES, EditItem, Stack, parameters_of
 from diffedit_demo.texts import WORDS
+
+MOST_STEPS = 20_000
+"""Of all passes and seeds of a run."""
 
 HINT_SIDE = 512
 """Pixels on the longer side of the picture that a hint is shown for."""
@@ -54,17 +58,21 @@ class Workspace:
     def desk(self, session: str) -> Desk:
         """The desk of a session."""
         with self._lock:
+            for gone in [name for name in self._desks if name not in self.sessions]:
+                del self._desks[gone]
             if session not in self._desks:
                 self._desks[session] = Desk(self.sessions[session])
             return self._desks[session]
 
-    def close(self, session: str) -> None:
-        """A tab was closed: what runs for it ends, its files go."""
+    def leave(self, session: str) -> None:
+        """A tab was closed, or its connection broke: what it asked for ends.
+
+        Its pictures stay until the sessions' own clean-up: the same tab may be back in a moment.
+        """
         with self._lock:
-            desk = self._desks.pop(session, None)
+            desk = self._desks.get(session)
         if desk is not None:
             desk.cancel()
-        self.sessions.close(session)
 
     # --- forms ------------------------------------------------------------------------------------
 
@@ -119,14 +127,19 @@ class Workspace:
         return Settings.from_page({"model": self.models.sources[0], **said})
 
     def workflow(
-        self, desk: Desk, stack: Stack, settings: Settings, pictures: Mapping[str, Path]
+        self,
+        desk: Desk,
+        stack: Stack,
+        settings: Settings,
+        pictures: Mapping[str, Path],
+        source: Node | None,
     ) -> Workflow:
         """What the page asks for; see `Desk.workflow`.
 
         Raises:
             InputError: it cannot be run, or names what a visitor may not name.
         """
-        made = desk.workflow(stack, settings, pictures, plugins=self.plugins)
+        made = desk.workflow(stack, settings, pictures, source, plugins=self.plugins)
         self.check(made)
         return made
 
@@ -143,6 +156,7 @@ class Workspace:
             (most, MOST_EDITS, "edits in a pass"),
             (len(workflow.seeds), MOST_PICTURES, "seeds"),
             (max(width, height), MOST_SIDE, "pixels to a side"),
+            (len(workflow.seeds) * sum(one.steps for one in workflow.passes), MOST_STEPS, "steps"),
         ):
             if found > limit:
                 raise InputError(f"{found} {what} are more than a visitor may ask for, {limit}")
@@ -165,7 +179,9 @@ class Workspace:
         values = {one.name: edit.values.get(one.name, one.default) for one in form}
         kind = next((values[one.name] for one in form if one.registry == "preprocessors"), None)
         image = next((values[one.name] for one in form if one.kind == "image"), None)
-        picture = desk.picked(image or "source", pictures)
+        picture = desk.picked(image or "source", pictures, desk.history.now)
+        if not isinstance(picture, Picture):
+            raise InputError("a hint is made of a picture, not of a mask")
         scale = min(1.0, HINT_SIDE / max(picture.size))
         width, height = (max(8, round(side * scale)) for side in picture.size)
         pixels = (picture.resized((width, height)).rgb() * 255).round().astype(np.uint8)

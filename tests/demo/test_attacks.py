@@ -166,8 +166,8 @@ def test_a_decompression_bomb_is_refused_and_what_was_open_stays(
         ("passes: [{prompt: x, steps: 1000000000}]", "steps is 1000000000"),
         ("passes: [{prompt: x, edits: [no_such_edit]}]", "no edit 'no_such_edit'"),
         ("passes: [{edits: [style: {image: /etc/passwd}]}]", "is a file's name"),
-        ("a: &a [x, x]\nb: &b [*a, *a]\npasses: *b", "w"),
-        ("passes: " + "[" * 5000, "w"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\npasses: *b", "passes"),
+        ("passes: " + "[" * 5000, r"nest|deep|recurs|expected"),
     ],
 )
 def test_workflows_that_mean_harm_are_refused_and_the_next_one_is_opened(
@@ -180,7 +180,7 @@ def test_workflows_that_mean_harm_are_refused_and_the_next_one_is_opened(
     with page.expect_file_chooser() as chooser:
         button.click()
     chooser.value.set_files(evil)
-    expect(page.locator("#status [role=alert]")).to_contain_text(why, timeout=WAIT)
+    expect(page.locator("#status [role=alert]")).to_contain_text(re.compile(why), timeout=WAIT)
     good = tmp_path / "good.yaml"
     good.write_text("passes: [{prompt: a red circle, steps: 2}]\nsize: [64, 64]", "utf-8")
     with page.expect_file_chooser() as chooser:
@@ -223,7 +223,7 @@ def test_a_thousand_jobs_leave_the_next_visitor_his_turn(
     body: dict[str, Any] = {"data": [None, "", "x", {}, None, 0, 1, 5.0, "", ""]}
     answers = [program.post(f"{API}/call/edit", json=body).status_code for _ in range(1000)]
     assert set(answers) <= {200, 429, 503}
-    assert answers.count(200) <= 24
+    assert 1 <= answers.count(200) <= 24
     opens(page, photo)
     page.locator("#preset").select_option("vary")
     quick(page, 2)

@@ -64,7 +64,7 @@ BOTH = Stack((paint(), VARY))
 
 def workflow_of(desk: Desk, stack: Stack, mask: Path | None, **settings: Any) -> Workflow:
     pictures = {} if mask is None else {"layer:A": mask}
-    return desk.workflow(stack, Settings(**settings), pictures, plugins=default())
+    return desk.workflow(stack, Settings(**settings), pictures, desk.history.now, plugins=default())
 
 
 def made(desk: Desk, editor: Editor, workflow: Workflow) -> list[Progress]:
@@ -76,7 +76,7 @@ def made(desk: Desk, editor: Editor, workflow: Workflow) -> list[Progress]:
             desk.history.now.file,
             workflow,
             threading.Event(),
-            lambda result: found.extend(desk.made(result)),
+            lambda result: found.extend(desk.made(result, desk.history.now)),
         )
     )
     desk.propose(found)
@@ -112,7 +112,7 @@ def test_strokes_become_a_mask_of_the_pictures_size_without_greys(
     desk: Desk, photo: Path, mask: Path
 ) -> None:
     desk.open(photo)
-    painted = desk.picked("layer:A", {"layer:A": mask})
+    painted = desk.picked("layer:A", {"layer:A": mask}, desk.history.now)
     assert painted.shape == (70, 90)
     assert set(np.unique(painted)) == {0, 255}
     assert (painted[20:40, 20:50] == 255).mean() > 0.95
@@ -127,17 +127,17 @@ def test_nothing_painted_and_foreign_pictures_are_refused(
     Image.new("L", (90, 70)).save(empty)
     for masks in ({}, {"layer:A": empty}):
         with pytest.raises(MaskError, match="nothing is painted on mask A"):
-            desk.picked("layer:A", masks)
+            desk.picked("layer:A", masks, desk.history.now)
     for pick in (str(photo), f"file:{photo}", "result:7", "result:-1", "result:²", "own:no", 3):
         with pytest.raises(InputError, match="not here any more"):
-            desk.picked(pick, {"own:gone": tmp_path / "gone.png"})
+            desk.picked(pick, {"own:gone": tmp_path / "gone.png"}, desk.history.now)
     with pytest.raises(InputError, match="choose it again"):
-        desk.picked("own:gone", {"own:gone": tmp_path / "gone.png"})
+        desk.picked("own:gone", {"own:gone": tmp_path / "gone.png"}, desk.history.now)
 
 
 def test_a_picture_of_ones_own_is_read_from_the_session(desk: Desk, photo: Path) -> None:
     own = desk.session.add(photo, ".png")
-    picture = desk.picked("own:x", {"own:x": own})
+    picture = desk.picked("own:x", {"own:x": own}, desk.history.now)
     assert (picture.pixels == open_picture(photo).pixels).all()
 
 
@@ -169,7 +169,7 @@ def test_a_run_shows_its_steps_and_leaves_candidates_that_the_same_workflow_make
         return "own:mask"
 
     stack = Stack.of(read_workflow(second.file), keep)
-    opened = desk.workflow(stack, Settings(seed=5), files, plugins=default())
+    opened = desk.workflow(stack, Settings(seed=5), files, desk.history.now, plugins=default())
     assert opened.passes == Workflow.from_yaml(text).passes
 
 
@@ -217,7 +217,7 @@ def test_a_cancelled_run_keeps_what_was_made_before(
         desk.history.now.file,
         workflow,
         order.cancel,
-        lambda result: found.extend(desk.made(result)),
+        lambda result: found.extend(desk.made(result, desk.history.now)),
     )
     while not found:
         next(events)
@@ -227,6 +227,26 @@ def test_a_cancelled_run_keeps_what_was_made_before(
     assert [one.seed for one in found] == [1]
     made(desk, editor, workflow)
     assert [one.seed for one in desk.candidates] == [1, 2]
+
+
+def test_what_is_kept_belongs_to_what_it_was_made_from(
+    desk: Desk, editor: Editor, photo: Path, mask: Path
+) -> None:
+    first = desk.open(photo)
+    made(desk, editor, workflow_of(desk, PAINT, mask))
+    desk.open(photo, "another.png")  # what was made is still there to be kept
+    changes = desk.changes(desk.candidates[0])
+    assert changes is not None
+    assert desk.accept(0).parent == first.id
+
+
+def test_an_order_keeps_the_picture_of_its_moment(desk: Desk, photo: Path) -> None:
+    first = desk.open(photo)
+    desk.order("run")
+    desk.open(photo, "another.png")
+    order = desk.begin()
+    assert order is not None
+    assert order.source == first
 
 
 def test_an_order_that_was_cancelled_while_it_waited_never_begins(desk: Desk) -> None:

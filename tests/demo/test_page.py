@@ -72,9 +72,17 @@ def test_the_whole_story(page: Page, photo: Path, tmp_path: Path) -> None:
 
     # Back, forward again, and on another branch.
     history = page.locator("#history img")
+    shown = page.locator("#canvas img")
+    original = shown.get_attribute("src") or ""
+    # Looking back at the picture it was made from keeps what was made.
+    page.locator("#history img").first.click()
+    expect(page.get_by_role("button", name="Keep")).to_be_enabled()
     page.get_by_role("button", name="Keep").click()
     expect(history).to_have_count(2)
+    expect(shown).not_to_have_attribute("src", original)
+    assert page.evaluate("window.diffedit.canvas.state().layers.A.painted")
     page.locator("#undo").click()
+    expect(shown).to_have_attribute("src", original)
     expect(page.locator("#redo")).to_be_enabled()
     page.locator("#redo").click()
     expect(page.locator("#redo")).to_be_disabled()
@@ -164,6 +172,29 @@ def test_cancelling_ends_the_run_and_the_next_one_works(page: Page, photo: Path)
     status(page, "Cancelled")
     field(page, "steps").fill("2")
     runs(page)
+
+
+def test_a_reload_keeps_the_stack(page: Page) -> None:
+    field(page, "prompt").fill("a yellow star")
+    adds(page, "style")
+    page.reload()
+    page.locator("#add-pass").wait_for()
+    expect(field(page, "prompt")).to_have_value("a yellow star")
+    expect(page.locator("#composer .edit")).to_have_count(2)
+
+
+def test_a_picture_pasted_into_a_prompt_is_not_opened(page: Page, photo: Path) -> None:
+    opens(page, photo)
+    paints(page)
+    paste = """(one) => {
+      const data = new DataTransfer();
+      data.items.add(new File([new Uint8Array(9)], "other.png", { type: "image/png" }));
+      one.dispatchEvent(new ClipboardEvent("paste", { clipboardData: data, bubbles: true }));
+    }"""
+    field(page, "prompt").evaluate(paste)
+    page.wait_for_timeout(500)
+    assert page.evaluate("window.diffedit.canvas.state().layers.A.painted")
+    expect(page.locator("#history img")).to_have_count(1)
 
 
 def test_every_installed_edit_has_its_form(page: Page) -> None:

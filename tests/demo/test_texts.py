@@ -13,7 +13,7 @@ from diffedit_demo import texts
 from diffedit_demo.forms import fields, pass_fields
 from diffedit_demo.presets import presets
 from diffedit_demo.settings import Settings
-from diffedit_demo.texts import CANVAS, COMPOSER, PAGE, VIEWER, WORDS, language, say
+from diffedit_demo.texts import CANVAS, COMPOSER, KEYS, PAGE, VIEWER, WORDS, language, say
 
 ALL = {"page": PAGE, "viewer": VIEWER, "composer": COMPOSER, "canvas": CANVAS}
 SAME = {"title", "opened", "crosshair"}
@@ -36,6 +36,11 @@ def test_every_text_is_there_in_chinese_with_the_same_values(where: str) -> None
         assert values(chinese[key]) == values(text), key
         assert key in SAME or is_chinese(chinese[key]), key
         assert not is_chinese(text), key
+
+
+def test_every_key_is_explained_in_chinese() -> None:
+    assert len(KEYS["zh"]) == len(KEYS["en"])
+    assert all(is_chinese(said) for said in KEYS["zh"].values())
 
 
 def test_the_forms_of_what_we_ship_have_chinese_words() -> None:
@@ -82,7 +87,7 @@ def test_the_browsers_language_chooses(header: str, found: str) -> None:
 
 
 def test_values_are_put_in() -> None:
-    assert say("en", "done", seconds=2) == "Done in 2 s."
+    assert say("en", "opened", name="a", width=2, height=3) == "a, 2×3"
     assert say("xx", "run") == "Run"
 
 

@@ -1280,11 +1280,31 @@ function receive() {
   const value = JSON.parse(JSON.stringify(props.value || blank()));
   complain(value.problem ?? "");
   if (value.problem) return publish();
+  const before = my.given?.picture?.url;
   my.given = value;
   choose({ feather: value.feather });
-  if (value.revision === my.revision && value.picture) return publish();
+  if (value.revision === my.revision && value.picture) {
+    if (value.picture.url !== before) my.loading = exchange(value);
+    return publish();
+  }
   my.revision = value.revision;
   my.loading = value.picture ? show(value) : Promise.resolve(reset(null));
+}
+
+/** Another state of the same picture: what is painted on it stays. */
+async function exchange({ picture, name, revision }) {
+  const image = make("img", { alt: "", draggable: "false", src: picture.url });
+  const failed = await image.decode().then(() => false, () => true);
+  if (revision !== my.revision || picture.url !== my.given.picture?.url) return;
+  if (failed) return complain(say("notShown", { name }));
+  ui.image.replaceWith(image);
+  ui.image = image;
+  const { naturalWidth: width, naturalHeight: height } = image;
+  if (width !== my.surface?.width || height !== my.surface?.height) {
+    reset({ width, height });
+    fit();
+  }
+  refresh();
 }
 
 async function show({ picture, name, revision }) {
@@ -1382,8 +1402,10 @@ function listen() {
   on(document, "keydown", keyDown);
   on(document, "keyup", spaceUp);
   on(document, "paste", (event) => {
+    // Into a prompt one pastes text, even where a program has put a picture beside it.
+    const typing = event.target instanceof Element && event.target.closest(TEXT_FIELDS);
     const file = pictureIn(event.clipboardData);
-    if (file && present()) openPicture(file);
+    if (file && !typing && present()) openPicture(file);
   });
   for (const type of ["dragover", "dragleave", "drop"]) on(ui.root, type, drag);
   // The browser's own scrolling by the middle button.

@@ -20,6 +20,8 @@ const LAYERS = ["A", "B", "C", "D"];
 /** Changes of structure that can be taken back. */
 const HISTORY = 50;
 const OWN = "own:";
+/** Where the stack lies through a reload of the tab. */
+const KEPT = "diffedit.stack";
 /** On a 24 × 24 grid. */
 const ICONS = {
   up: "M12 19V5M6 11l6-6 6 6",
@@ -47,7 +49,9 @@ const my = {
   /** Uids whose folded fields are open. */
   open: new Set(),
   sending: Promise.resolve(),
-  counter: 0,
+  /** Whether an input method is putting a text together, and whether to draw when it is done. */
+  composing: false,
+  stale: false,
 };
 
 const root = make("div", { class: "diffedit-composer" });
@@ -552,7 +556,13 @@ function publish(more = {}) {
   const { settings, passes } = my.stack;
   const used = new Set(items(my.stack).flatMap((item) => Object.values(item.values)));
   const files = Object.fromEntries(Object.entries(my.files).filter(([name]) => used.has(name)));
-  props.value = copied({ stack: JSON.stringify({ settings, passes }), files, asked: null, ...more });
+  const stack = JSON.stringify({ settings, passes });
+  try {
+    sessionStorage.setItem(KEPT, stack);
+  } catch {
+    // Full, or forbidden: then a reload begins anew.
+  }
+  props.value = copied({ stack, files, asked: null, ...more });
 }
 
 /** Take what the server says: a stack to show, pictures to pick from, faults, a hint. */
@@ -565,6 +575,7 @@ function receive() {
     Object.assign(my.files, value.files);
     my.stack = { settings: { ...my.stack.settings, ...load.settings }, passes: load.passes };
   }
+  const before = JSON.stringify([my.pictures, my.faults]);
   my.pictures = value.pictures ?? my.pictures;
   my.faults = value.faults ?? my.faults;
   if (value.hint && value.hint.uid in my.hints) {
@@ -573,11 +584,16 @@ function receive() {
     if (whole) showHint(whole, my.hints[value.hint.uid]);
   }
   publish();
-  if (load || value.pictures || value.faults) redraw();
+  if (load || JSON.stringify([my.pictures, my.faults]) !== before) redraw();
 }
 
 /** Draw anew what the server changed, wherever the user is meanwhile. */
 function redraw() {
+  if (my.composing) {
+    my.stale = true; // drawing now would break off what an input method is putting together
+    return;
+  }
+  my.stale = false;
   const { id, selectionStart, selectionEnd } = document.activeElement ?? {};
   const inside = root.contains(document.activeElement);
   draw();
@@ -598,6 +614,12 @@ async function flush() {
   return copied(props.value);
 }
 
+root.addEventListener("compositionstart", () => (my.composing = true));
+root.addEventListener("compositionend", () => {
+  my.composing = false;
+  if (my.stale) redraw();
+});
+
 /** Run and Cancel are buttons of the page, and the keys for them work wherever one is typing. */
 const life = new AbortController();
 document.addEventListener(
@@ -614,7 +636,25 @@ document.addEventListener(
 // For what is said in the page's own language without a script.
 document.documentElement.lang = TONGUE;
 
-actions.preset(PRESETS[0].key);
+/** What was on the page before it was loaded again, as after a broken connection. */
+function restored() {
+  try {
+    const { settings, passes } = JSON.parse(sessionStorage.getItem(KEPT));
+    for (const edit of passes.flatMap((one) => one.edits)) {
+      // Pictures of before are not here any more; masks are painted anew.
+      for (const [name, value] of Object.entries(edit.values)) {
+        if (/^(own|result):/.test(value)) delete edit.values[name];
+      }
+    }
+    return passes.length ? { settings, passes } : null;
+  } catch {
+    return null;
+  }
+}
+
+const kept = restored();
+if (kept) my.stack = kept;
+else actions.preset(PRESETS[0].key);
 publish();
 draw();
 watch("value", receive);
