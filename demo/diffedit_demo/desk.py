@@ -171,9 +171,13 @@ class Desk:
             for name, edit in plugins.edits.items()
         }
 
+        known: dict[str, Any] = {}
+
         def picked(where: str, pick: Any) -> Any:
             try:
-                return self.picked(pick, pictures, source)
+                if str(pick) not in known:  # decoded once, however many edits take it
+                    known[str(pick)] = self.picked(pick, pictures, source)
+                return known[str(pick)]
             except InputError as error:
                 raise type(error)(f"{where}: {error}") from None
 
@@ -218,7 +222,7 @@ class Desk:
     def _painted(self, name: str, file: Path | None, source: Node | None) -> npt.NDArray[np.uint8]:
         if source is None or file is None:
             raise MaskError(f"nothing is painted on mask {name}: paint where it is to change")
-        mask = read_mask(open_picture(file))
+        mask = read_mask(self.checked(file, f"mask {name}"))
         image = PIL.Image.fromarray((mask * 255).round().astype(np.uint8))
         if image.size != source.size:
             image = image.resize(source.size, PIL.Image.Resampling.BILINEAR)

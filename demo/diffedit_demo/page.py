@@ -47,7 +47,8 @@ QUEUE = 24
 _PLACE = re.compile(r"^(?:the page: )?(passes\.\d+(?:\.\w+)*)(: )?|^settings: (?P<setting>\w+)")
 _LACKS = re.compile(r" lacks '(\w+)'")
 _QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-_FREE: dict[str, Any] = {**_QUIET, "concurrency_limit": None}
+_FREE: dict[str, Any] = {**_QUIET, "concurrency_id": "desk", "concurrency_limit": 8}
+"""Beside runs, but not in any number: they decode pictures."""
 
 Updates = dict[Any, Any]
 
@@ -155,7 +156,8 @@ class _Page:
         self.canvas.opened(self._opened, self.canvas, self._all(), **_FREE)
         self.composer.hint(
             self._hint, [self.canvas, self.composer], self.composer,
-            js=flushed({"canvas": 0}), concurrency_id="hint", concurrency_limit=1, **_QUIET,
+            js=flushed({"canvas": 0}), concurrency_id="hint", concurrency_limit=1,
+            trigger_mode="always_last", **_QUIET,
         )  # fmt: skip
         # What was on the page when Run was pressed is what runs, whenever its turn comes.
         begun = self.run.click(
@@ -468,11 +470,17 @@ class _Page:
         except InputError as error:
             return {self.status: _status(str(error), alert=True)}
         settings: dict[str, Any] = {"seed": workflow.seeds[0], "count": len(workflow.seeds)}
+        tongue = _language(request)
+        said = say(tongue, "loaded")
         if workflow.model in self.workspace.models.sources:
             settings["model"] = workflow.model
+        else:
+            said += say(tongue, "loaded_model", model=workflow.model)
+        first = workflow.seeds[0]
+        if list(workflow.seeds) != list(range(first, first + len(workflow.seeds))):
+            said += say(tongue, "loaded_seeds")
         if workflow.size is not None:
             settings |= dict(zip(("width", "height"), workflow.size, strict=True))
-        said = say(_language(request), "loaded")
         return {
             self.composer: Tell(load=(stack, settings), files=files, faults=[]),
             self.status: _status(said),

@@ -160,6 +160,19 @@ def test_a_hint_is_shown_and_follows_its_parameters(page: Page, photo: Path) -> 
     )
 
 
+def test_two_hints_asked_for_at_once_are_both_shown(page: Page, photo: Path) -> None:
+    opens(page, photo)
+    for _ in range(2):
+        adds(page, "controlnet")
+    field(page, "kind", 1).fill("none")
+    for summary in page.locator(".hint summary").all():
+        summary.click()
+    for place in range(2):
+        expect(page.locator(".hint").nth(place).locator("img")).to_be_visible(timeout=60_000)
+    first, second = (one.get_attribute("src") for one in page.locator(".hint img").all())
+    assert first != second
+
+
 def test_a_seed_is_drawn_at_random(page: Page) -> None:
     drawn = set()
     for _ in range(5):

@@ -36,7 +36,7 @@ const ICONS = {
 const my = {
   /** @type {Stack} */
   stack: { settings: {}, passes: [] },
-  /** @type {string[]} stacks as JSON, before each change of structure */
+  /** @type {{stack: string, settings: boolean}[]} before each change: JSON; whether settings changed too */
   before: [],
   /** @type {Record<string, object>} pictures of one's own, as Gradio's FileData */
   files: {},
@@ -139,20 +139,24 @@ function change(name, values, focus) {
   const before = JSON.stringify(my.stack);
   actions[name](...values);
   if (JSON.stringify(my.stack) === before) return;
-  my.before = [...my.before.slice(1 - HISTORY), before];
+  remember(before);
   settle(focus);
 }
 
-/** Take the last change of structure back; what was typed since stays. */
+function remember(stack, settings = false) {
+  my.before = [...my.before.slice(1 - HISTORY), { stack, settings }];
+}
+
+/** Take the last change of structure back; what was typed since in what was there before stays. */
 function takeBack() {
   const last = my.before.pop();
   if (!last) return;
-  const stack = JSON.parse(last);
+  const stack = JSON.parse(last.stack);
   for (const item of items(stack)) {
     const now = find(item.uid);
     if (now) Object.assign(item, { values: now.values, enabled: now.enabled });
   }
-  stack.settings = my.stack.settings;
+  if (!last.settings) stack.settings = my.stack.settings;
   my.stack = stack;
   settle("composer-undo");
 }
@@ -408,17 +412,31 @@ function showHint(whole, hint) {
   else shown.replaceChildren(make("p", { role: "status" }, hint?.said ?? (hint ? say("making") : "")));
 }
 
-let asking = 0;
+/** Timers by uid, what is to be asked for, and since when the server is busy with one. */
+const hints = { timers: {}, wanted: new Set(), since: 0 };
+/** After so many milliseconds without an answer another hint is asked for all the same. */
+const PATIENCE = 60_000;
 
 /** Ask for a hint anew, once typing has paused. */
 function asksAgain(uid) {
   if (!(uid in my.hints)) return;
-  clearTimeout(asking);
-  asking = setTimeout(() => uid in my.hints && ask(uid), 400);
+  clearTimeout(hints.timers[uid]);
+  hints.timers[uid] = setTimeout(() => ask(uid), 400);
 }
 
-async function ask(uid) {
+/** One at a time: the server makes the last that was asked for, and the others wait here. */
+function ask(uid) {
+  hints.wanted.add(uid);
+  if (performance.now() - hints.since > PATIENCE || !hints.since) askNext();
+}
+
+async function askNext() {
+  const [uid] = hints.wanted;
+  hints.wanted.delete(uid);
+  hints.since = uid ? performance.now() : 0;
+  if (!uid) return;
   await my.sending;
+  if (!(uid in my.hints)) return askNext();
   publish({ asked: uid });
   trigger("hint", {});
 }
@@ -571,7 +589,7 @@ function receive() {
   if (!value.told) return;
   const load = value.stack ? JSON.parse(value.stack) : null;
   if (load) {
-    my.before = [...my.before.slice(1 - HISTORY), JSON.stringify(my.stack)];
+    remember(JSON.stringify(my.stack), true);
     Object.assign(my.files, value.files);
     my.stack = { settings: { ...my.stack.settings, ...load.settings }, passes: load.passes };
   }
@@ -584,6 +602,9 @@ function receive() {
     if (whole) showHint(whole, my.hints[value.hint.uid]);
   }
   publish();
+  if (value.hint) askNext();
+  // Another picture may be edited now: hints that follow it are made anew.
+  else if (value.pictures) for (const uid of Object.keys(my.hints)) asksAgain(uid);
   if (load || JSON.stringify([my.pictures, my.faults]) !== before) redraw();
 }
 
