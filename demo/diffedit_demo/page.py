@@ -253,9 +253,8 @@ class _Page:
             desk.running = None
             if made:
                 desk.propose(made)
-        # In two: whatever is wrong with the pictures, one can run again.
-        yield {**ended, self.status: said}
-        yield self._results(desk, tongue)
+        # All in one: of two updates within a frame, browsers may show the later one only.
+        yield {**ended, **self._shown(desk, tongue), self.status: said}
 
     def _run(
         self, desk: Desk, order: Order, painted: Painted, composed: Composed,
@@ -322,6 +321,14 @@ class _Page:
         return Tell(hint=Hint(uid, file))
 
     # --- what was made ----------------------------------------------------------------------------
+
+    def _shown(self, desk: Desk, tongue: str) -> Updates:
+        """The results; without them one can at least run again."""
+        try:
+            return self._results(desk, tongue)
+        except Exception:
+            log.exception("results cannot be shown")
+            return {}
 
     def _results(self, desk: Desk, tongue: str) -> Updates:
         """What was made, beside what it was made of."""

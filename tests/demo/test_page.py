@@ -76,7 +76,8 @@ def test_the_whole_story(page: Page, photo: Path, tmp_path: Path) -> None:
     original = shown.get_attribute("src") or ""
     # Looking back at the picture it was made from keeps what was made.
     page.locator("#history img").first.click()
-    expect(page.get_by_role("button", name="Keep")).to_be_enabled()
+    expect(page.get_by_role("tab", name="Edit")).to_have_attribute("aria-selected", "true")
+    page.get_by_role("tab", name="Result").click()
     page.get_by_role("button", name="Keep").click()
     expect(history).to_have_count(2)
     expect(shown).not_to_have_attribute("src", original)
