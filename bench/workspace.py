@@ -37,10 +37,10 @@ WATCH = """() => {
     if (step && !window.seen.steps.some(([, known]) => known === step)) {
       window.seen.steps.push([now, step]);
     }
-    if (document.querySelector("#viewer .preview")?.getAttribute("src")) {
-      window.seen.preview ??= now;
-    }
-    if (said.includes("Done in")) window.seen.done ??= now;
+    const preview = document.querySelector("#viewer .preview")?.getAttribute("src");
+    if (window.seen.steps.length && preview) window.seen.preview ??= now;
+    // Until the first step, it is the run before that is done.
+    if (window.seen.steps.length && said.includes("Done in")) window.seen.done ??= now;
   };
   new MutationObserver(looks).observe(
     document.body, {subtree: true, childList: true, characterData: true, attributes: true});
