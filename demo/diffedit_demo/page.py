@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import logging
-import re
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -21,8 +20,9 @@ from diffedit_demo.api import Endpoints
 from diffedit_demo.canvas import Canvas, Painted, Refused, Shown
 from diffedit_demo.code import LANGUAGES
 from diffedit_demo.components import flushed
-from diffedit_demo.composer import Composed, Composer, Fault, Hint, Past, Tell
+from diffedit_demo.composer import Composed, Composer, Hint, Past, Tell
 from diffedit_demo.desk import Candidate, Changes, Desk, Order, read_workflow
+from diffedit_demo.faults import fault_of
 from diffedit_demo.history import Node
 from diffedit_demo.jobs import Cancelled, Models, Progress, run
 from diffedit_demo.look import look, translations
@@ -44,8 +44,6 @@ log = logging.getLogger(__name__)
 QUEUE = 24
 """Runs that may wait; whoever comes then is told to come again."""
 
-_PLACE = re.compile(r"^(?:the page: )?(passes\.\d+(?:\.\w+)*)(: )?|^settings: (?P<setting>\w+)")
-_LACKS = re.compile(r" lacks '(\w+)'")
 _QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 _FREE: dict[str, Any] = {**_QUIET, "concurrency_id": "desk", "concurrency_limit": 8}
 """Beside runs, but not in any number: they decode pictures."""
@@ -139,7 +137,6 @@ class _Page:
                 t("load"),
                 file_types=[".yaml", ".yml", ".json", ".png"],
                 type="filepath",
-                elem_id="workflow-file",
             )
             self.save = gr.DownloadButton(t("save"), interactive=False)
             self.language = gr.Radio(list(LANGUAGES), value=None, label=t("code"))
@@ -147,7 +144,6 @@ class _Page:
                 label=t("code_text"), lines=6, max_lines=16, interactive=False, visible=False,
                 buttons=["copy"], elem_id="code",
             )  # fmt: skip
-
         with gr.Accordion(t("about"), open=False, elem_id="about"):
             for source in self.workspace.models.sources:
                 gr.Markdown(card(source))
@@ -217,10 +213,14 @@ class _Page:
     def _turned_away(self, request: gr.Request) -> Updates:
         """The queue is full, or the connection broke: nothing waits any more."""
         self._desk(request).cancel()
+        said = say(_language(request), "full")
+        return {**self._idle(), self.status: _status(said, alert=True)}
+
+    def _idle(self) -> Updates:
+        """Nothing runs or waits: one can press Run."""
         return {
             self.run: gr.update(interactive=True),
             self.cancel: gr.update(interactive=False),
-            self.status: _status(say(_language(request), "full"), alert=True),
         }
 
     def _runs(self, request: gr.Request) -> Iterator[Updates]:
@@ -231,10 +231,7 @@ class _Page:
             return
         painted, composed = order.what
         made: list[Candidate] = []
-        ended: Updates = {
-            self.run: gr.update(interactive=True),
-            self.cancel: gr.update(interactive=False),
-        }
+        ended = self._idle()
         began = time.monotonic()
         try:
             yield from self._run(desk, order, painted, composed, made, tongue)
@@ -301,11 +298,7 @@ class _Page:
         tongue = _language(request)
         if self._desk(request).cancel():
             return {self.status: _status(say(tongue, "cancelling"))}
-        return {
-            self.status: _status(say(tongue, "cancelled")),
-            self.run: gr.update(interactive=True),
-            self.cancel: gr.update(interactive=False),
-        }
+        return {**self._idle(), self.status: _status(say(tongue, "cancelled"))}
 
     def _hint(self, painted: Painted, composed: Composed, request: gr.Request) -> Tell:
         uid = composed.asked or ""
@@ -459,7 +452,7 @@ class _Page:
         return {self.code: gr.update(value=said, visible=True)}
 
     def _refused(self, composed: Composed, error: DiffeditError, request: gr.Request) -> Updates:
-        fault = _fault(composed.stack, error)
+        fault = fault_of(composed.stack, error)
         said = say(_language(request), "wrong", why=fault.said)
         return {self.status: _status(said, alert=True), self.composer: Tell(faults=[fault])}
 
@@ -513,25 +506,6 @@ def _status(said: str, one: Progress | None = None, *, alert: bool = False) -> s
         bar = f'<progress max="{one.steps}" value="{one.step}" aria-hidden="true"></progress>'
     role = 'role="alert" class="fault"' if alert else 'role="status"'
     return f"<p {role}>{html.escape(said)}</p>{bar}"
-
-
-def _fault(stack: Stack, error: DiffeditError) -> Fault:
-    """Beside which field an error belongs, and what is to be said there."""
-    said = str(error)
-    found = _PLACE.match(said)
-    if found is None:
-        return Fault("", "", said)
-    if found["setting"]:
-        return Fault("run", found["setting"], said.removeprefix("settings: "))
-    at = stack.at(found[1])
-    if at is None:
-        return Fault("", "", said)
-    uid, name = at
-    rest = said[found.end() :]
-    if lacks := _LACKS.match(rest):
-        name = lacks[1]
-    # "steps is 0, should be …": the place itself stands beside it on the page.
-    return Fault(uid, name, rest if found[2] else found[1].rpartition(".")[2] + rest)
 
 
 def _counted(tongue: str, found: Changes | None) -> str:

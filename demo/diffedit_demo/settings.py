@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -11,6 +11,18 @@ from diffedit.explain import explained
 
 MOST_PICTURES = 8
 MOST_SIDE = 2048
+
+
+Side = Annotated[
+    int,
+    Field(
+        ge=8,
+        le=MOST_SIDE,
+        description="Of a picture made from nothing; otherwise the picture's own",
+        json_schema_extra={"advanced": True},
+    ),
+]
+"""In pixels."""
 
 
 class Settings(BaseModel):
@@ -33,20 +45,8 @@ class Settings(BaseModel):
         description="What paints; its licence and limits are in its card",
         json_schema_extra={"registry": "models", "free": False, "advanced": True},
     )
-    width: int = Field(
-        256,
-        ge=8,
-        le=MOST_SIDE,
-        description="Of a picture made from nothing; otherwise the picture's own",
-        json_schema_extra={"advanced": True},
-    )
-    height: int = Field(
-        256,
-        ge=8,
-        le=MOST_SIDE,
-        description="Of a picture made from nothing; otherwise the picture's own",
-        json_schema_extra={"advanced": True},
-    )
+    width: Side = 256
+    height: Side = 256
 
     @property
     def seeds(self) -> int | list[int]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,15 @@ from playwright.sync_api import Locator, Page, expect
 WAIT = 120_000
 
 
-def opens(page: Page, file: Path) -> None:
+def chooses(page: Page, file: Path, act: Callable[[], object]) -> None:
+    """Do what makes the browser ask for a file, and give it this one."""
     with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name="Open a picture").click()
+        act()
     chooser.value.set_files(file)
+
+
+def opens(page: Page, file: Path) -> None:
+    chooses(page, file, page.get_by_role("button", name="Open a picture").click)
     expect(page.locator("#status")).to_contain_text(file.name, timeout=WAIT)
 
 
@@ -106,10 +111,6 @@ def workflow_of(picture: Path) -> str:
     with Image.open(picture) as opened:
         text: str = opened.text["diffedit"]  # type: ignore[attr-defined]
     return text
-
-
-def told(page: Page) -> str:
-    return json.dumps(stack(page), sort_keys=True)
 
 
 def status(page: Page, said: str | re.Pattern[str]) -> None:

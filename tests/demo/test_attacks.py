@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect
 
-from tests.demo.steps import WAIT, field, opens, paints, quick, runs, starts, status
+from tests.demo.steps import WAIT, chooses, field, opens, paints, quick, runs, starts, status
 
 API = "/gradio_api"
 PLACES = (
@@ -162,9 +162,7 @@ def test_a_decompression_bomb_is_refused_and_what_was_open_stays(
     opens(page, photo)
     evil = tmp_path / "bomb.png"
     evil.write_bytes(bomb())
-    with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name="Open a picture").click()
-    chooser.value.set_files(evil)
+    chooses(page, evil, page.get_by_role("button", name="Open a picture").click)
     expect(page.locator("#canvas [role=alert]")).to_contain_text("64 million pixels", timeout=WAIT)
     assert page.locator("#history img").count() == 1
     paints(page)
@@ -189,15 +187,11 @@ def test_workflows_that_mean_harm_are_refused_and_the_next_one_is_opened(
     evil.write_text(said, "utf-8")
     page.get_by_role("button", name=re.compile("^Workflow")).click()
     button = page.get_by_role("button", name="Open a workflow")
-    with page.expect_file_chooser() as chooser:
-        button.click()
-    chooser.value.set_files(evil)
+    chooses(page, evil, button.click)
     expect(page.locator("#status [role=alert]")).to_contain_text(re.compile(why), timeout=WAIT)
     good = tmp_path / "good.yaml"
     good.write_text("passes: [{prompt: a red circle, steps: 2}]\nsize: [64, 64]", "utf-8")
-    with page.expect_file_chooser() as chooser:
-        button.click()
-    chooser.value.set_files(good)
+    chooses(page, good, button.click)
     status(page, "Nothing was run")
     assert field(page, "prompt").input_value() == "a red circle"
     runs(page)

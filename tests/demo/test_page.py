@@ -18,6 +18,7 @@ from tests.demo.conftest import visited
 from tests.demo.steps import (
     WAIT,
     adds,
+    chooses,
     count_previews,
     downloads,
     field,
@@ -103,9 +104,7 @@ def test_the_whole_story(page: Page, photo: Path, tmp_path: Path) -> None:
 
     # The picture, opened as a workflow: its settings are back, with the mask it brought, and
     # nothing runs by itself.
-    with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name="Open a workflow").click()
-    chooser.value.set_files(picture)
+    chooses(page, picture, page.get_by_role("button", name="Open a workflow").click)
     status(page, "Nothing was run")
     assert field(page, "seed").input_value() == "0"
     expect(field(page, "mask").locator("option:checked")).to_have_text("From the workflow")
@@ -149,11 +148,9 @@ def test_a_reference_of_ones_own_is_asked_for_and_taken(
     expect(page.locator("[id^='fault-'][id$='.image']")).to_contain_text(
         "lacks 'image'", timeout=WAIT
     )
-    with page.expect_file_chooser() as chooser:
-        field(page, "image").select_option("file")
     own = tmp_path / "reference.png"
     own.write_bytes(photo.read_bytes())
-    chooser.value.set_files(own)
+    chooses(page, own, lambda: field(page, "image").select_option("file"))
     expect(field(page, "image").locator("option:checked")).to_have_text("reference.png")
     runs(page)
     made = downloads(page, "Download the picture", tmp_path / "made.png")
