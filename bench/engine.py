@@ -17,8 +17,10 @@ from torch import Tensor
 
 from bench import models
 from diffedit import Contribution, Edit, Editor, ModelInput, Pass, Residuals, Run
+from diffedit.guidance import classifier_free
 from diffedit.models.protocol import Conditioning
-from diffedit.schedulers import Schedule, build
+from diffedit.schedule import Schedule
+from diffedit.schedulers import build
 from diffedit_inpaint import Inpaint
 
 SIDE = 64
@@ -30,10 +32,13 @@ class Nothing:
     """A `LatentModel` whose denoiser returns what it is given, at once."""
 
     capabilities: frozenset[str] = frozenset()
-    grid = 8
+    sized = False
+    cell = grid = 8
     sides = (SIDE, SIDE)
     whole = SIDE
     channels = 4
+    space = "bench"
+    one_by_one = False
     roles: Mapping[str, int] = {}
     device = torch.device("cpu")
     dtype = torch.float32
@@ -44,10 +49,22 @@ class Nothing:
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
         )
 
-    def embed(self, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
+    def embed(
+        self,
+        prompts: Sequence[str],
+        size: tuple[int, int],
+        *,
+        negative: bool = False,
+        pictures: Sequence[Tensor] = (),
+    ) -> Conditioning:
         return Conditioning({"text": torch.zeros(len(prompts), 1, 8)})
 
-    def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode(
+        self,
+        pixels: Tensor,
+        generator: torch.Generator | None = None,
+        role: str | None = None,
+    ) -> Tensor:
         return F.avg_pool2d(pixels[:, [0, 1, 2, 0]], self.grid)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -57,14 +74,56 @@ class Nothing:
         return x0[:, :3].clamp(0, 1)
 
     def schedule(
-        self, name: str | None, steps: int, at: float = 1.0, *, compat: bool = False
+        self,
+        name: str | None,
+        steps: int,
+        at: float = 1.0,
+        *,
+        shape: tuple[int, int, int] | None = None,
+        eta: float | None = None,
+        since: float = 0.0,
+        until: float = 1.0,
+        compat: bool = False,
     ) -> Schedule:
-        return Schedule(build(name, self.scheduler), steps, at=at, compat=compat)
+        more: dict[str, Any] = {"eta": eta, "since": since, "until": until, "compat": compat}
+        return Schedule(build(name, self.scheduler), steps, at=at, **more)
+
+    @property
+    def compat_dtype(self) -> torch.dtype:
+        return self.dtype
+
+    @property
+    def compat_source_dtype(self) -> torch.dtype:
+        return self.dtype
+
+    def control_roles(self, net: Any) -> frozenset[str]:
+        return frozenset()
 
     def load_control(self, source: str | None, kind: str | None = None) -> Any:
         raise NotImplementedError
 
+    def in_mode(self, net: Any, kind: str, mode: int | None) -> Any:
+        raise NotImplementedError
+
     def control(self, net: Any, x: ModelInput, hint: Tensor, weight: float) -> Residuals:
+        raise NotImplementedError
+
+    def load_textual_inversion(self, source: str, token: str | None = None) -> Any:
+        raise NotImplementedError
+
+    def add_textual_inversion(self, word: Any) -> Any:
+        raise NotImplementedError
+
+    def load_lora(self, source: str) -> Any:
+        raise NotImplementedError
+
+    def add_lora(self, lora: Any, weight: float) -> Any:
+        raise NotImplementedError
+
+    def load_ip_adapter(self, source: str, encoder: str | None, load: Any) -> Any:
+        raise NotImplementedError
+
+    def image_prompt(self, adapter: Any, picture: Any, weight: float, mask: Any = None) -> Any:
         raise NotImplementedError
 
     def attending(self, transform: Any) -> AbstractContextManager[None]:
@@ -72,6 +131,18 @@ class Nothing:
 
     def predict(self, x: ModelInput) -> Tensor:
         return x.latents
+
+    def combine(self, predictions: Mapping[str, Tensor], scale: float) -> Tensor:
+        return classifier_free(predictions, scale)
+
+    def readers(self) -> Iterable[torch.nn.Module]:
+        return []
+
+    def forget(self) -> None:
+        pass
+
+    def save_memory(self) -> str | None:
+        return None
 
     def parts(self) -> Iterable[torch.nn.Module]:
         return []

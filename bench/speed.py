@@ -30,6 +30,7 @@ from skimage import data
 from bench import measure, models
 from bench.engine import engine_cost
 from bench.measure import Contestant, Ratio, Ratios, race, ratios
+from bench.prompts import prompt_cost
 from diffedit import Editor, Pass
 from diffedit_img2img import Img2Img
 from diffedit_inpaint import Inpaint
@@ -233,6 +234,31 @@ def help_(settings: Settings) -> Report:
     )
 
 
+def prompts(model: str, settings: Settings) -> Report:
+    """A prompt that was read before, beside reading it."""
+    made = models.editor(model)
+    cost = prompt_cost(made, PROMPT, 10 * settings.rounds)
+    share = cost.kept / cost.read
+    return Report(
+        f"prompts: the same one again, {_called(made, model)}",
+        ["", "CPU ms", "of reading it"],
+        [
+            ["reading a prompt", f"{cost.read:.3f}", "–"],
+            ["one that was read before", f"{cost.kept:.4f}", f"{share:.2%}"],
+            ["the check of a pass", f"{cost.check:.4f}", f"{cost.check / cost.read:.2%}"],
+        ],
+        [
+            Target(
+                "a prompt that was read before costs ≤ 1 % of reading it",
+                f"{share:.2%}",
+                share <= 0.01,
+            )
+        ],
+        ["the check, that the text encoders are as they were, is made once for all of a pass"],
+        cost._asdict(),
+    )
+
+
 def bf16(model: str, settings: Settings) -> Report:
     """bfloat16 beside float32: how much faster, and how different the pictures are."""
     kinds = {kind: models.editor(model, kind) for kind in ("float32", "bfloat16")}
@@ -359,6 +385,7 @@ ON_MODELS: dict[str, Callable[[str, Settings], Report]] = {
     "inpaint": inpaint,
     "img2img": img2img,
     "bf16": bf16,
+    "prompts": prompts,
 }
 ALONE: dict[str, Callable[[Settings], Report]] = {"engine": engine, "help": help_}
 #: Sampling steps unless told otherwise: a full-size run of `random` takes seconds per step.

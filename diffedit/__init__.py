@@ -14,22 +14,25 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from diffedit import errors as errors
     from diffedit.attention import QKV as QKV
+    from diffedit.attention import Beside as Beside
     from diffedit.attention import Site as Site
     from diffedit.box import Box as Box
-    from diffedit.edit import Branch as Branch
-    from diffedit.edit import Contribution as Contribution
+    from diffedit.contribution import Branch as Branch
+    from diffedit.contribution import Contribution as Contribution
+    from diffedit.contribution import Guidance as Guidance
+    from diffedit.contribution import Patch as Patch
+    from diffedit.contribution import Pixels as Pixels
+    from diffedit.contribution import Row as Row
+    from diffedit.contribution import Start as Start
+    from diffedit.contribution import Tokens as Tokens
     from diffedit.edit import Edit as Edit
-    from diffedit.edit import Guidance as Guidance
-    from diffedit.edit import Patch as Patch
-    from diffedit.edit import Pixels as Pixels
-    from diffedit.edit import Row as Row
-    from diffedit.edit import Start as Start
-    from diffedit.edit import Tokens as Tokens
+    from diffedit.edit import Windowed as Windowed
     from diffedit.editor import Editor as Editor
     from diffedit.fields import ImageField as ImageField
     from diffedit.fields import MaskField as MaskField
     from diffedit.hookspecs import hookimpl as hookimpl
     from diffedit.images import Picture as Picture
+    from diffedit.inversion import Inversion as Inversion
     from diffedit.models.protocol import Conditioning as Conditioning
     from diffedit.models.protocol import LatentModel as LatentModel
     from diffedit.models.protocol import ModelFamily as ModelFamily
@@ -42,42 +45,45 @@ if TYPE_CHECKING:
     from diffedit.rows import RowMap as RowMap
     from diffedit.run import Run as Run
     from diffedit.sampler import Step as Step
-    from diffedit.schedulers import Call as Call
-    from diffedit.schedulers import Schedule as Schedule
+    from diffedit.schedule import Call as Call
+    from diffedit.schedule import Schedule as Schedule
     from diffedit.workflow import Pass as Pass
     from diffedit.workflow import Workflow as Workflow
 
 _HOMES = {
     "API_VERSION": "plugins",
+    "Beside": "attention",
     "Box": "box",
-    "Branch": "edit",
-    "Call": "schedulers",
+    "Branch": "contribution",
+    "Call": "schedule",
     "Conditioning": "models.protocol",
-    "Contribution": "edit",
+    "Contribution": "contribution",
     "Edit": "edit",
     "Editor": "editor",
-    "Guidance": "edit",
+    "Guidance": "contribution",
     "ImageField": "fields",
+    "Inversion": "inversion",
     "LatentModel": "models.protocol",
     "MaskField": "fields",
     "ModelFamily": "models.protocol",
     "ModelInput": "models.protocol",
     "Pass": "workflow",
-    "Patch": "edit",
+    "Patch": "contribution",
     "Picture": "images",
-    "Pixels": "edit",
+    "Pixels": "contribution",
     "Preprocessor": "preprocessors",
     "QKV": "attention",
     "Residuals": "models.protocol",
     "Result": "result",
-    "Row": "edit",
+    "Row": "contribution",
     "RowMap": "rows",
     "Run": "run",
-    "Schedule": "schedulers",
+    "Schedule": "schedule",
     "Site": "attention",
-    "Start": "edit",
+    "Start": "contribution",
     "Step": "sampler",
-    "Tokens": "edit",
+    "Tokens": "contribution",
+    "Windowed": "edit",
     "Workflow": "workflow",
     "edits": "plugins",
     "hookimpl": "hookspecs",
@@ -86,6 +92,7 @@ _HOMES = {
 __all__ = [
     "API_VERSION",
     "QKV",
+    "Beside",
     "Box",
     "Branch",
     "Call",
@@ -95,6 +102,7 @@ __all__ = [
     "Editor",
     "Guidance",
     "ImageField",
+    "Inversion",
     "LatentModel",
     "MaskField",
     "ModelFamily",
@@ -114,6 +122,7 @@ __all__ = [
     "Start",
     "Step",
     "Tokens",
+    "Windowed",
     "Workflow",
     "edits",
     "errors",

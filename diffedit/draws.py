@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffedit.canvas import Canvas
+from diffedit.contribution import Owned, Pixels, Row
 from diffedit.denoiser import Reference
-from diffedit.edit import Owned, Pixels, Row
+from diffedit.fitting import HOLES
+from diffedit.handover import Handover
 from diffedit.plan import Plan
-from diffedit.schedulers import Call
+from diffedit.schedule import Call
 
 
 class Draws:
@@ -27,19 +31,29 @@ class Draws:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.model, self.run, self.canvas = plan.model, plan.run, plan.canvas
+        self.fitting = plan.fitting
         start, mask = plan.merged.start, plan.merged.mask
         #: Whether the mask is kept by holding latents to the source; inpainting models see it.
         self.holds = mask is not None and "mask_channels" not in self.model.capabilities
+        #: Whether a control network sees it too, which in diffusers then keeps it alone.
+        self.told = mask is not None and bool(plan.merged.sees)
+        if self.run.compat and self.told:
+            self.holds = False
         self.keeps = self.holds or bool(plan.merged.keep)
         self.source: Tensor | None = None
         if self.keeps or (start and isinstance(start.value.latents, Canvas)):
             if not self.run.compat:
                 masks = (mask, plan.merged.alpha)
-                self.source = plan.given.latents_for(self.canvas.frame, masks)
+                self.source = plan.given.latents_for(self.model, self.canvas.frame, masks)
             if self.source is None:
                 self.source = self.encode(self.canvas.pixels)
-        kind = self.model.dtype if self.run.compat else torch.float32
-        noise = self.run.streams.normal("noise", plan.latent_shape)
+        kind = torch.float32
+        if self.run.compat:
+            known = self.source is not None
+            kind = self.model.compat_source_dtype if known else self.model.compat_dtype
+        noise = plan.given.noise  # of a pass that goes on where this one begins
+        if noise is None:
+            noise = self.run.streams.normal("noise", self.fitting.latent_shape)
         self.noise = noise.to(self.model.device, kind)
         if self.source is not None:
             self.source = self.source.to(self.noise)
@@ -49,9 +63,13 @@ class Draws:
         """Where sampling begins, and what keeps the rest of the picture in place."""
         start, schedule = self.plan.merged.start, self.plan.schedule
         latents = self.noise * schedule.initial_noise_scale
+        if self.plan.given.unfinished:
+            latents = self._going_on(self.plan.given)
         if start is not None:
-            noised = schedule.add_noise(self._start(start).to(self.noise), self.noise, 0)
-            if start.value.at < 1 or self.cells is None:
+            given = self._start(start).to(self.noise)
+            known = start.value.noised
+            noised = given if known else schedule.add_noise(given, self.noise, 0)
+            if known or start.value.at < 1 or self.cells is None:
                 latents = noised
             elif not self.run.compat:  # pure noise where the picture changes freely
                 latents = torch.where(self.cells > 0, latents, noised)
@@ -63,18 +81,42 @@ class Draws:
         latents = self.model.encode(self.run.laid_out(pixels), generator)
         return latents.expand(self.run.items, -1, -1, -1)
 
+    def _going_on(self, given: Handover) -> Tensor:
+        """Latents that a pass before left unfinished, as this pass's sampler holds them."""
+        assert given.latents is not None
+        latents = given.latents.to(self.noise)
+        (a, s), (own_a, own_s) = given.level, self.plan.schedule.coefficients(0)
+        if (a == 1) == (own_a == 1):
+            return latents
+        # Of samplers that hold the picture's size and such that hold the noise's.
+        return latents * (math.hypot(own_a, own_s) / math.hypot(a, s))
+
+    def clean(self) -> Tensor:
+        """The canvas as latents, ``(items, c, h, w)``."""
+        if self.source is None:
+            self.source = self.encode(self.canvas.pixels).to(self.noise)
+        return self.source
+
+    def step_noise(self, index: int) -> Tensor:
+        """What the sampler is to draw at a call, where an edit says it."""
+        part = self.plan.merged.noise
+        assert part is not None
+        made = self.plan.guard.call(part.owner, "noise", part.value, self.plan.schedule.call(index))
+        made = self.fitting.tensor(part.owner, "noise", made, self.fitting.latent_shape)
+        return made.to(self.noise).expand(self.run.items, -1, -1, -1)
+
     def _start(self, start: Owned[Any]) -> Tensor:
         given = start.value.latents
         if isinstance(given, Canvas):
             assert self.source is not None
             return self.source
         if isinstance(given, Pixels):
-            clean: Tensor = self.encode(given.pixels)
+            clean: Tensor = self.encode(self.fitting.pixels(start.owner, given))
         elif callable(given):
             clean = self.plan.guard.call(start.owner, "start", given)
         else:
             clean = given
-        clean = self.plan.fitting(start.owner, "start", clean, self.plan.latent_shape)
+        clean = self.fitting.tensor(start.owner, "start", clean, self.fitting.latent_shape)
         if self.plan.guard.diagnosing:
             self.plan.guard.check_finite(start.owner, "start", clean)
         return clean.expand(self.run.items, -1, -1, -1)
@@ -85,9 +127,9 @@ class Draws:
             return None
         if self.run.compat:
             binary = (mask >= 0.5).float()
-            cells = torch.nn.functional.interpolate(binary, scale_factor=1 / self.model.grid)
+            cells = F.interpolate(binary, scale_factor=1 / self.model.cell)
         else:
-            cells = self.canvas.mask_to_latent(mask, self.model.grid)
+            cells = self.canvas.mask_to_latent(mask, self.model.cell)
         return cells.to(self.model.device)
 
     def _constraint(self) -> Callable[[Tensor, int], Tensor]:
@@ -100,6 +142,7 @@ class Draws:
         source, noise, schedule = self.source, self.noise, self.plan.schedule
         assert source is not None
         cells = self.cells if self.holds else None
+        origin = self.plan.given.origin
         shape = (1, *source.shape[2:])
         keeps: list[Tensor | Callable[[Call], Tensor]] = []
         for part in self.plan.merged.keep:
@@ -108,55 +151,75 @@ class Draws:
                     functools.partial(self.plan.guard.call, part.owner, "keep", part.value)
                 )
             else:
-                keeps.append(self.plan.fitting(part.owner, "keep", part.value, shape) >= 0.5)
+                keeps.append(self.fitting.tensor(part.owner, "keep", part.value, shape) >= 0.5)
         owners = [part.owner for part in self.plan.merged.keep]
 
         def constrain(latents: Tensor, level: int) -> Tensor:
             kept = torch.zeros_like(latents[:, :1], dtype=torch.bool)
             if cells is not None:
-                kept = kept | (cells <= 1 - level / len(schedule))
+                kept = kept | (cells <= 1 - schedule.progress(level, origin))
             for owner, keep in zip(owners, keeps, strict=True):
                 if callable(keep):
                     made = keep(schedule.call(level - 1))
-                    keep = self.plan.fitting(owner, "keep", made, shape) >= 0.5
+                    keep = self.fitting.tensor(owner, "keep", made, shape) >= 0.5
                 kept = kept | keep
             return torch.where(kept, schedule.add_noise(source, noise, level), latents)
 
         return constrain
 
     def channels(self) -> dict[str, Tensor]:
-        """Further inputs of the denoiser, ``(items, c, h, w)`` each."""
+        """Further channels of the denoiser, ``(items, c, h, w)`` each."""
         made: dict[str, Tensor] = {}
         mask = self.plan.merged.mask
-        if "mask_channels" in self.model.capabilities:
+        own = "mask_channels" in self.model.capabilities
+        if own or self.told:
             pixels = self.canvas.pixels
             if mask is None:  # everything may change, and nothing is known
-                made["mask"] = torch.ones(1, 1, *self.plan.latent_shape[1:])
+                made["mask"] = torch.ones(1, 1, *self.fitting.latent_shape[1:])
                 hole = torch.ones_like(pixels[:1, :1])
             else:
                 assert self.cells is not None
-                made["mask"] = (self.cells > 0).float()
                 work = self.canvas.mask_to_work(mask)
                 hole = (work >= 0.5 if self.run.compat else work > 0).float()
-            # Mid-grey is 0 once the model has mapped [0, 1] to [-1, 1].
-            made["masked"] = self.encode(
-                torch.where(hole > 0, torch.full_like(pixels, 0.5), pixels)
-            )
+                made["mask"] = (self.cells > 0).float()
+            if own and self.model.roles["mask"] > 1:  # its pixels, as the channels of a cell
+                made["mask"] = F.pixel_unshuffle(hole, self.model.cell)
+            for role, fill in HOLES.items():
+                holed = torch.where(hole > 0, torch.full_like(pixels, fill), pixels)
+                if own and role == "masked":
+                    made[role] = self.encode(holed)
+                elif role in self.plan.merged.sees:
+                    # A control network gets the posterior's mode, as it does of its hint.
+                    made[role] = self.model.encode(self.run.laid_out(holed))
         elif self.run.compat and mask is not None:
             # diffusers samples the masked picture's posterior even where no channel takes it.
-            self.run.streams.normal("posterior", self.plan.latent_shape)
+            self.run.streams.normal("posterior", self.fitting.latent_shape)
         for role, part in self.plan.merged.channels.items():
             value = part.value
-            made[role] = self.encode(value.pixels) if isinstance(value, Pixels) else value
+            if isinstance(value, Pixels):
+                # What a picture is drawn after is one picture: the posterior's mode, as elsewhere.
+                value = self.model.encode(self.fitting.pixels(part.owner, value), role=role)
+            made[role] = value
         device, items = self.model.device, self.run.items
         return {k: v.to(device).expand(items, -1, -1, -1) for k, v in made.items()}
+
+    def tokens(self) -> dict[str, list[Tensor]]:
+        """Pictures that become part of the denoiser's sequence, ``(items, c, h, w)`` each."""
+        made: dict[str, list[Tensor]] = {}
+        for part, pixels in zip(self.plan.merged.tokens, self.plan.beside, strict=True):
+            value = part.value.latents if pixels is None else self.model.encode(pixels)
+            value = self.fitting.token_latents(part.owner, value).to(self.noise)
+            made.setdefault(part.value.role, []).append(value.expand(self.run.items, -1, -1, -1))
+        return made
 
     def reference(self, part: Owned[Row]) -> Reference:
         """A row, ready for the loop."""
         row = part.value
-        conditioning = self.model.embed([row.prompt], self.canvas.size)
+        conditioning = self.plan.embed(row.prompt)
         if isinstance(row.latents, Pixels):
-            clean = self.encode(row.latents.pixels).to(self.model.device, torch.float32)
+            clean = self.encode(self.fitting.pixels(part.owner, row.latents)).to(
+                self.model.device, torch.float32
+            )
             # A stream of its own, named by the row: another edit's references shift nothing here.
             noise = self.run.streams.normal(part.stream, tuple(clean.shape[1:])).to(clean)
 
@@ -168,7 +231,7 @@ class Draws:
 
         def given(call: Call) -> Tensor:
             made = self.plan.guard.call(part.owner, "row", function, call)
-            made = self.plan.fitting(part.owner, "row", made, self.plan.latent_shape)
+            made = self.fitting.tensor(part.owner, "row", made, self.fitting.latent_shape)
             return made.expand(self.run.items, -1, -1, -1)
 
         return Reference(row.name, given, None, conditioning)

@@ -17,12 +17,14 @@ from diffedit import plugins as plugin_module
 from diffedit.box import Box
 from diffedit.canvas import Canvas, Frame
 from diffedit.edit import Edit
+from diffedit.embeddings import Embeddings
 from diffedit.errors import Busy, DiffeditError, InputError
+from diffedit.handover import Handover, Setting
 from diffedit.images import ImageSource, Picture, open_picture
+from diffedit.memory import exhausted, let_go, told
 from diffedit.models import loading
 from diffedit.models.protocol import LatentModel
 from diffedit.passes import run_pass
-from diffedit.plan import Handover, Setting
 from diffedit.plugins import Plugins
 from diffedit.result import Result
 from diffedit.sampler import Step
@@ -55,6 +57,7 @@ class Editor:
         self.plugins = plugin_module.default() if plugins is None else plugins
         self._lock = threading.Lock()
         self._resources: dict[str, Any] = {}
+        self._embeddings = Embeddings()
 
     @classmethod
     def load(
@@ -65,6 +68,9 @@ class Editor:
         dtype: str | torch.dtype | None = None,
         revision: str | None = None,
         variant: str | None = None,
+        compiled: bool | str = False,
+        config: str | os.PathLike[str] | None = None,
+        vae: str | os.PathLike[str] | None = None,
         plugins: Plugins | None = None,
     ) -> Editor:
         """Load a model and make an editor of it; arguments as in `diffedit.models.loading.load`.
@@ -74,7 +80,15 @@ class Editor:
         """
         found = plugin_module.default() if plugins is None else plugins
         model = loading.load(
-            source, found.families, device=device, dtype=dtype, revision=revision, variant=variant
+            source,
+            found.families,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            variant=variant,
+            compiled=compiled,
+            config=config,
+            vae=vae,
         )
         return cls(model, found, os.fspath(source))
 
@@ -85,7 +99,7 @@ class Editor:
 
     def run(
         self,
-        image: ImageSource | None,
+        image: ImageSource | Result | None,
         what: Runnable,
         *,
         seed: int | Sequence[int] | None = None,
@@ -95,7 +109,9 @@ class Editor:
         """Edit a picture, or make one from nothing.
 
         Args:
-            image: a path, bytes, PIL image or NumPy array; None: start from nothing.
+            image: a path, bytes, PIL image or NumPy array; None: start from nothing; or a result
+                whose last pass stopped early, from whose latents the first one goes on: a refiner's
+                editor from those of a base model's.
             what: a pass, several in a row, or a workflow.
             seed: one, or several for as many pictures at once; None: the workflow's (0 for passes).
             size: (width, height) of a picture from nothing; None: the workflow's, else the model's
@@ -105,6 +121,7 @@ class Editor:
         Raises:
             InputError: something in the image, the passes or the seeds is wrong.
             PluginError: an edit broke the contract; its effects are undone.
+            OutOfMemory: there is too little memory, also with all that the model can give up.
             Busy: the editor is running something.
         """
         with self.stream(image, what, seed=seed, size=size, compat=compat) as events:
@@ -114,7 +131,7 @@ class Editor:
 
     def stream(
         self,
-        image: ImageSource | None,
+        image: ImageSource | Result | None,
         what: Runnable,
         *,
         seed: int | Sequence[int] | None = None,
@@ -128,6 +145,10 @@ class Editor:
         workflow = self._workflow(what)
         seeds = _seeds(workflow.seed if seed is None else seed)
         size = workflow.size if size is None else _size(size)
+        if isinstance(image, Result):
+            if size is not None or (seed is not None and seeds != image.seeds):
+                raise InputError("a run that goes on from a result has its size and its seeds")
+            seeds = image.seeds
         if image is None and size is None:
             size = (self.model.sides[0],) * 2
         said = {"seed": seeds[0] if len(seeds) == 1 else seeds, "size": size}
@@ -136,7 +157,7 @@ class Editor:
     @torch.no_grad()  # as a decorator: a `with` around yields would reach into the caller's code
     def _steps(
         self,
-        image: ImageSource | None,
+        image: ImageSource | Result | None,
         workflow: Workflow,
         seeds: tuple[int, ...],
         compat: bool,
@@ -144,23 +165,83 @@ class Editor:
         if not self._lock.acquire(blocking=False):
             raise Busy("this editor is running something; wait for it, or load another editor")
         try:
-            setting = Setting(self.model, self.plugins, seeds, compat, self._resource)
-            source = None if image is None else open_picture(image)
-            given = Handover(self._canvas(source, workflow.size))
-            latents: torch.Tensor | None = None
-            records: list[dict[str, Any]] = []
-            for index, pass_ in enumerate(workflow.passes):
-                position = index, len(workflow.passes)
-                outcome = yield from run_pass(pass_, given, replace(setting, position=position))
-                given = outcome.handover
-                latents = latents if outcome.latents is None else outcome.latents
-                records.append(outcome.record)
-            pictures = tuple(given.canvas.picture(item) for item in range(len(seeds)))
-            model = dict(self.model.info)
-            loaded = tuple(sorted(self._resources))
-            return Result(pictures, latents, seeds, workflow, tuple(records), model, source, loaded)
+            return (yield from self._run(image, workflow, seeds, compat))
+        except Exception as error:
+            if not exhausted(error):
+                raise
+            let_go(error)
+            raise told("around the passes of this run") from None
         finally:
             self._lock.release()
+
+    def _run(
+        self,
+        image: ImageSource | Result | None,
+        workflow: Workflow,
+        seeds: tuple[int, ...],
+        compat: bool,
+    ) -> Generator[Step, None, Result]:
+        kept = self._embeddings
+        setting = Setting(self.model, self.plugins, seeds, compat, self._resource, embeddings=kept)
+        past: tuple[dict[str, Any], ...] = ()
+        if isinstance(image, Result):
+            given, source, past = self._unfinished(image), image.source, image.passes
+            workflow = self._continued(image, workflow)
+        else:
+            source = None if image is None else open_picture(image)
+            given = Handover(self._canvas(source, workflow.size))
+        # Before anything runs: a model that is not there is told at once.
+        settings = [self._setting(setting, one.model) for one in workflow.passes[len(past) :]]
+        latents: torch.Tensor | None = None
+        records: list[dict[str, Any]] = list(past)
+        for index, where in enumerate(settings, len(past)):
+            where = replace(where, position=(index, len(workflow.passes)))
+            outcome = yield from run_pass(workflow.passes[index], given, where)
+            given = outcome.handover
+            latents = latents if outcome.latents is None else outcome.latents
+            records.append(outcome.record)
+        pictures = tuple(outcome.shown.picture(item) for item in range(len(seeds)))
+        model = dict(self.model.info)
+        loaded = tuple(sorted(self._resources))
+        made = pictures, latents, seeds, workflow, tuple(records), model, source, loaded
+        return Result(*made, given if given.unfinished else None)
+
+    def _setting(self, setting: Setting, source: str | None) -> Setting:
+        """The setting of a pass, which may be on another model; that is loaded once."""
+        if source is None or source == self.source:
+            return setting
+        families, own = self.plugins.families, self.model
+        narrow = str(own.info.get("weights", "")).startswith("float8")
+        dtype: Any = "float8" if narrow else own.dtype
+        model: LatentModel = self._resource(
+            f"model:{source}",
+            lambda: loading.load(source, families, device=own.device, dtype=dtype),
+        )
+
+        def load(key: str, loader: Callable[[], Any]) -> Any:
+            return self._resource(f"{key} for {source}", loader)  # it may fit that model alone
+
+        return replace(setting, model=model, load=load)
+
+    def _continued(self, past: Result, workflow: Workflow) -> Workflow:
+        """What was run and what is to be, as one workflow that makes the same again."""
+        before = past.workflow
+        passes = [
+            one if one.model else one.model_copy(update={"model": workflow.model})
+            for one in workflow.passes
+        ]
+        passes = list(workflow.passes) if before.model == workflow.model else passes
+        return before.model_copy(update={"passes": (*before.passes, *passes)})
+
+    def _unfinished(self, result: Result) -> Handover:
+        """Where a run left off whose last pass stopped early, maybe on another model."""
+        if result.handover is None:
+            raise InputError(
+                "this result is finished: its picture is result.pixels; a run goes on from one"
+                " whose last pass has a stop below 1"
+            )
+        handover: Handover = result.handover
+        return handover
 
     def _workflow(self, what: object) -> Workflow:
         if isinstance(what, Workflow):
@@ -197,8 +278,9 @@ class Editor:
         )
 
     def forget(self) -> None:
-        """Let go of the control networks and detectors loaded so far; they load again when used."""
+        """Let go of what was loaded besides the model, and of prompts that were read."""
         self._resources.clear()
+        self._embeddings.clear()
 
     def _resource(self, key: str, loader: Callable[[], Any]) -> Any:
         if key not in self._resources:

@@ -13,6 +13,7 @@
     │   ├── CapabilityError      a model that cannot carry an edit
     │   └── ConflictError        two edits of one pass claim the same exclusive thing
     ├── PluginError              a plugin failed; names the plugin, its effects are undone
+    ├── OutOfMemory              there was no memory left, also when less was asked for
     └── Busy                     the editor is already running something
 
 Values (`Pass`, `Workflow`, edits) are pydantic models: made in Python with a wrong parameter they
@@ -72,6 +73,14 @@ class CapabilityError(InputError):
     """The loaded model cannot carry what an edit contributes."""
 
 
+def lacking(
+    who: str, missing: Iterable[str], has: Iterable[str], what: str = "the loaded model"
+) -> CapabilityError:
+    """The refusal of an edit that a model (or a family of them: `what`) cannot carry."""
+    said = " and no ".join(repr(one) for one in sorted(missing))
+    return CapabilityError(f"{who}: {what} has no {said}; it has: {', '.join(sorted(has)) or '-'}")
+
+
 class ConflictError(InputError):
     """Two edits of one pass claim the same exclusive thing; the message names both."""
 
@@ -86,6 +95,10 @@ class PluginError(DiffeditError):
     def __init__(self, plugin: str, message: str) -> None:
         super().__init__(f"{plugin}: {message}")
         self.plugin = plugin
+
+
+class OutOfMemory(DiffeditError):
+    """There was no memory left for what was asked; the editor stays usable."""
 
 
 class Busy(DiffeditError):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffedit.errors import DiffeditError, PluginError
+from diffedit.memory import exhausted
 
 T = TypeVar("T")
 _END = object()
@@ -51,9 +52,11 @@ class Guard:
         versions = [version(tensor) for tensor in lent]
         try:
             value = function(*args)
-        except (DiffeditError, torch.OutOfMemoryError):
+        except DiffeditError:
             raise
         except Exception as error:
+            if exhausted(error):
+                raise
             said = str(error).splitlines()[0] if str(error) else "no message"
             raise PluginError(owner, f"{what} raised {type(error).__name__}: {said}") from error
         if [version(tensor) for tensor in lent] != versions:
@@ -104,10 +107,9 @@ def tensors_in(value: Any) -> list[Tensor]:
         return [value]
     if isinstance(value, tuple | list):
         return [tensor for item in value for tensor in tensors_in(item)]
-    places = getattr(value, "places", None) or [
-        getattr(value, name) for name in ("q", "k", "v") if hasattr(value, name)
-    ]
-    return [tensor for item in places for tensor in tensors_in(item)]
+    names = ("q", "k", "v", "beside") if hasattr(value, "k") else ("places", "inside")
+    parts = [getattr(value, name) for name in names if hasattr(value, name)]
+    return [tensor for item in parts for tensor in tensors_in(item)]
 
 
 def version(tensor: Tensor) -> int:

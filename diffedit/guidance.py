@@ -41,6 +41,42 @@ def rescaled(guided: Tensor, positive: Tensor, amount: float) -> Tensor:
     return amount * corrected + (1 - amount) * guided
 
 
+def kept_in_length(guided: Tensor, positive: Tensor) -> Tensor:
+    """Give every vector of the guided prediction the length that the positive one's has.
+
+    Guidance then turns predictions, but does not stretch them.
+
+    Args:
+        guided: the prediction after guidance, ``(..., d)``.
+        positive: the prediction under the prompt, of the same shape.
+    """
+    wanted: Tensor = positive.norm(dim=-1, keepdim=True)
+    found: Tensor = guided.norm(dim=-1, keepdim=True)
+    return guided * (wanted / found)
+
+
+def composed(whole: Tensor, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """One prediction of several, each with a weight in every place.
+
+    Bar-Tal et al. 2023, "MultiDiffusion" (arXiv:2302.08113), eq. 5. What the weights of the parts
+    leave of 1 is the weight of the whole; where they add up to more than 1, they are divided by
+    their sum. Where they are 0 the whole keeps its bits, and a part where it alone has weight 1.
+
+    Args:
+        whole: a prediction.
+        parts: weights in [0, 1], ``(1 or b, 1, h, w)``, each with another prediction.
+    """
+    weights = [weight.to(whole) for weight, _ in parts]
+    total = weights[0]
+    for weight in weights[1:]:
+        total = total + weight
+    share = total.clamp_min(1)
+    made = (1 - total).clamp_min(0) * whole
+    for weight, (_, part) in zip(weights, parts, strict=True):
+        made = made + weight / share * part
+    return made
+
+
 def with_terms(
     guided: Tensor,
     predictions: Mapping[str, Tensor],

@@ -5,17 +5,21 @@ The phases regions, contribute and merge; the sampling itself is in `diffedit.pa
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffedit import prompts
 from diffedit.box import Box
 from diffedit.canvas import Canvas, Frame, exact_frame, frame
-from diffedit.edit import Contribution, Pixels, Start, canonical, labels, merge
+from diffedit.contribution import Branch, Contribution, Pixels, merge
+from diffedit.edit import canonical, labels
+from diffedit.embeddings import told
 from diffedit.errors import (
     CapabilityError,
     ConflictError,
@@ -24,67 +28,23 @@ from diffedit.errors import (
     ParameterError,
     PluginError,
     SchedulerError,
+    lacking,
     nearest,
 )
+from diffedit.fitting import Fitting
 from diffedit.guard import Guard
 from diffedit.guidance import NEGATIVE, POSITIVE
-from diffedit.models.protocol import Conditioning, LatentModel
-from diffedit.plugins import Plugins
-from diffedit.run import Run, Streams
-from diffedit.schedulers import Schedule
+from diffedit.handover import Handover, Setting
+from diffedit.models.protocol import Conditioning
+from diffedit.prompts import WEIGHTS, parse
+from diffedit.run import Run
+from diffedit.schedule import Schedule
 from diffedit.workflow import Pass
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, eq=False)
-class Handover:
-    """What a pass leaves to the next one.
-
-    Latents stay latents where region and mask stay the same and nothing was done to the pixels;
-    otherwise the composite is encoded again.
-
-    Attributes:
-        canvas: the picture so far.
-        latents: of the working region, ``(b, c, h, w)``; None when the pixels say more.
-        masks: the pass's mask and alpha over the full image.
-    """
-
-    canvas: Canvas
-    latents: Tensor | None = None
-    masks: tuple[Tensor | None, Tensor | None] = (None, None)
-
-    def latents_for(self, where: Frame, masks: tuple[Tensor | None, ...]) -> Tensor | None:
-        """The latents, if they are still good for a pass on `where` under these `masks`."""
-        if self.latents is None or self.canvas.frame != where:
-            return None
-        same = all(
-            one is other or (one is not None and other is not None and torch.equal(one, other))
-            for one, other in zip(masks, self.masks, strict=True)
-        )
-        return self.latents if same else None
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all passes of a run share.
-
-    Attributes:
-        model: the loaded model.
-        plugins: what is installed.
-        seeds: one per item.
-        compat: compare with diffusers' own pipelines: one generator in their draw order, no crop,
-            nearest binary masks, posterior samples, edits as listed.
-        load: loads something heavy once per editor.
-        position: which pass of how many this is, counted from 0.
-    """
-
-    model: LatentModel
-    plugins: Plugins
-    seeds: tuple[int, ...]
-    compat: bool = False
-    load: Callable[[str, Callable[[], Any]], Any] = field(default=lambda key, loader: loader())
-    position: tuple[int, int] = (0, 1)
+#: By what factor the noise that a pass leaves may differ from what the next one takes it for.
+SAME_LEVEL = 1.3
 
 
 class Plan:
@@ -96,6 +56,9 @@ class Plan:
         self.edits = list(pass_.edits) if setting.compat else canonical(pass_.edits)
         self.labels = labels(self.edits)
         self.canvas = given.canvas
+        self._check_needs()
+        #: Scales of classifier-free guidance, and of the one that the denoiser takes as an input.
+        self.guidance, self.embedded_guidance = self._guidance()
         boxes = self._boxes()
         made = self._contributions(boxes)
         beyond = self._beyond(made, boxes)
@@ -103,15 +66,36 @@ class Plan:
             boxes |= beyond
             made = self._contributions(boxes)
         self.merged = merge(list(zip(self.edits, made, strict=True)))
+        #: Edits that change the model, and so maybe what it makes of a prompt, by their digests.
+        self.patched = tuple(
+            edit.digest for edit, one in zip(self.edits, made, strict=True) if one.patches
+        )
         self.rests = pass_.prompt is None and self.merged.rests
+        if self.rests and given.unfinished:
+            raise InputError(
+                f"the pass before stopped at {given.done:g} of the way: one that samples goes on"
+                " from there, and this one only finishes"
+            )
+        if self.rests and pass_.stop < 1:
+            raise InputError("stop: this pass only finishes, so there is no way to stop on")
         if self.rests:  # nothing is sampled, so nothing need fit the model: work at full resolution
             box = self.canvas.frame.region
             self.canvas = self.canvas.focused(Frame(box, box.size, box.size))
             return
+        if given.unfinished and self.merged.mask is None:  # what was kept stays kept
+            self.merged = replace(self.merged, mask=given.masks[0], alpha=given.masks[1])
+        self._check_prompts()
         self._check_capabilities()
         self._check_picture()
+        self._check_handover()
         self.predictions = self._predictions()
-        self.schedule = self._schedule()
+        self.schedule = self.make_schedule()
+        self._check_level()
+
+    def _check_needs(self) -> None:
+        for edit, label in zip(self.edits, self.labels, strict=True):
+            if missing := edit.needs - self.model.capabilities:
+                raise lacking(label, missing, self.model.capabilities)
 
     # --- regions, contribute ----------------------------------------------------------------------
 
@@ -132,7 +116,9 @@ class Plan:
     def _contributions(self, boxes: Mapping[str, Box]) -> list[Contribution]:
         """Ask every edit, on a canvas whose region holds the boxes."""
         given, model = self.given.canvas, self.model
-        if self.setting.compat:
+        if self.given.unfinished:
+            where = given.frame
+        elif self.setting.compat:
             where = exact_frame(given.image_size, model.grid)
         else:
             # A whole picture that is there already has its composition; a larger size than the
@@ -146,16 +132,18 @@ class Plan:
             prompt=self.pass_.prompt or "",
             negative=self.pass_.negative,
             steps=self.pass_.steps,
-            streams=_streams(self.setting),
+            guidance=self.guidance,
+            streams=self.setting.streams,
             compat=self.setting.compat,
             preprocessors=self.setting.plugins.preprocessors,
             load=self.setting.load,
         )
+        self.fitting = Fitting(self.canvas, model, self.run.items, self.guard)
         lent = (self.canvas.composite,)
         made = []
         for edit, label in zip(self.edits, self.labels, strict=True):
             one = self.guard.call(label, "contribute", edit.contribute, self.run, lent=lent)
-            self._check(label, one)
+            self.fitting.check(label, one)
             made.append(one)
         return made
 
@@ -170,78 +158,74 @@ class Plan:
             box = Box(int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)
             if region.contains(box):
                 continue
+            if self.given.unfinished:
+                raise InputError(
+                    f"{label}: its mask reaches beyond the region of the pass before, which stopped"
+                    " early: this one goes on in the same region"
+                )
             if label in boxes:
                 raise PluginError(label, "its mask reaches beyond the region it asked for")
             found[label] = box
         return found
 
-    def _check(self, label: str, made: object) -> None:
-        """Refuse what cannot be a contribution, and name whose it is."""
-        if not isinstance(made, Contribution):
-            raise PluginError(
-                label, f"contribute returned {type(made).__name__}, not a Contribution"
-            )
-        width, height = self.canvas.image_size
-        for name, given in (("mask", made.mask), ("alpha", made.alpha)):
-            if given is None:
-                continue
-            mask = self.fitting(label, name, given, (1, height, width), move=False)
-            if mask.device.type != "cpu":
-                raise PluginError(label, f"{name} must be on the CPU, where the canvas is")
-            if not mask.is_floating_point() or not bool(((mask >= 0) & (mask <= 1)).all()):
-                raise PluginError(label, f"{name} must hold floating-point values in [0, 1]")
-        for part in (made.keep, *(term.weight for term in made.terms)):
-            if isinstance(part, Tensor):
-                self.fitting(label, "keep or weight", part, (1, *self.latent_shape[1:]), move=False)
-        start: object = made.start
-        if start is not None and not isinstance(start, Start):
-            raise PluginError(label, f"start is {type(start).__name__}, not a Start")
-        for row in made.rows:
-            if isinstance(row.latents, Pixels):
-                self._check_pixels(label, row.latents)
-        for value in made.channels.values():
-            if isinstance(value, Pixels):
-                self._check_pixels(label, value)
-        for branch in made.branches:
-            prompt: object = branch.prompt
-            if not isinstance(prompt, str | Conditioning):
-                said = type(prompt).__name__
-                raise PluginError(label, f"a branch's prompt is {said}, not a text or Conditioning")
-        try:
-            first, last = (float(edge) for edge in made.during)
-        except (TypeError, ValueError):
-            raise PluginError(label, f"during is {made.during!r}, not (start, end)") from None
-        if not 0 <= first <= last <= 1:
-            raise InputError(f"{label}: needs 0 <= start <= end <= 1, got {first:g} and {last:g}")
+    @functools.cached_property
+    def beside(self) -> list[Tensor | None]:
+        """The pictures of `merged.tokens`, in their order; None for those that are latents."""
+        return [
+            self.fitting.pixels(part.owner, part.value.latents, any_size=True)
+            if isinstance(part.value.latents, Pixels)
+            else None
+            for part in self.merged.tokens
+        ]
 
-    def _check_pixels(self, label: str, value: Pixels) -> None:
-        width, height = self.canvas.size
-        self.fitting(label, "a picture to encode", value.pixels, (3, height, width), move=False)
+    def embed(self, prompt: str, *, negative: bool = False) -> Conditioning:
+        """A prompt's conditioning: one row, or one per item where they show unequal pictures."""
+        pictures = [
+            pixels
+            for part, pixels in zip(self.merged.tokens, self.beside, strict=True)
+            if pixels is not None and part.value.role == "reference"
+        ]
+        same = all(torch.equal(one[:1].expand_as(one), one) for one in pictures)
+        made = [
+            self._read(prompt, negative, [one[item % len(one)][None] for one in pictures])
+            for item in range(1 if same else self.run.items)
+        ]
+        return Conditioning.stack(made)  # a copy: what is kept is lent to nobody
 
-    def fitting(
-        self, owner: str, what: str, value: Any, shape: tuple[int, ...], move: bool = True
-    ) -> Tensor:
-        """Check what a plugin gave: one for all items, or one per item; bring it to the model."""
-        if not isinstance(value, Tensor):
-            raise PluginError(owner, f"{what} is {type(value).__name__}, not a tensor")
-        items = self.run.items
-        if value.ndim != 4 or value.shape[1:] != shape or len(value) not in (1, items):
-            raise PluginError(
-                owner,
-                f"{what} is {tuple(value.shape)}, not ({'1 or ' * (items > 1)}{items},"
-                f" {', '.join(map(str, shape))})",
-            )
-        return value.to(self.model.device) if move else value
+    def _read(self, prompt: str, negative: bool, pictures: Sequence[Tensor]) -> Conditioning:
+        """What the model makes of a prompt, now or before."""
+        model, size = self.model, self.canvas.size
+        text = prompt if WEIGHTS in model.capabilities else parse(prompt).text
+        about = (size if model.sized else None, told(pictures), self.patched)
+        made: Conditioning = self.setting.embeddings.get(
+            model,
+            (text, negative, *about),
+            lambda: model.embed([text], size, negative=negative, pictures=pictures),
+        )
+        return made
 
     # --- what can be refused before any model runs ------------------------------------------------
+
+    def _check_prompts(self) -> None:
+        said: list[tuple[str, object]] = [
+            ("prompt", self.run.prompt),
+            ("negative", self.run.negative),
+        ]
+        said += [(part.owner, part.value.prompt) for part in self.merged.branches]
+        said += [(part.owner, part.value.prompt) for part in self.merged.rows]
+        for where, prompt in said:
+            if isinstance(prompt, str):
+                prompts.check(where, prompt, self.model.capabilities)
 
     def _check_capabilities(self) -> None:
         needs = {
             "control": [part.owner for part in self.merged.residuals],
             "shared_attention": [p.owner for p in self.merged.attention]
+            + [p.owner for p in self.merged.beside]
             + [p.owner for p in self.merged.rows],
-            "tokens": [part.owner for part in self.merged.tokens],
         }
+        for part in self.merged.tokens:
+            needs.setdefault(f"{part.value.role}_tokens", []).append(part.owner)
         needs |= {f"condition {k!r}": [p.owner] for k, p in self.merged.conditioning.items()}
         for capability, owners in needs.items():
             if owners and capability not in self.model.capabilities:
@@ -262,8 +246,14 @@ class Plan:
                     " decide: put them into two passes"
                 )
             if isinstance(part.value, Tensor):
-                shape = (roles[role], *self.latent_shape[1:])
-                self.fitting(part.owner, f"channel {role!r}", part.value, shape, move=False)
+                shape = (roles[role], *self.fitting.latent_shape[1:])
+                self.fitting.tensor(part.owner, f"channel {role!r}", part.value, shape, move=False)
+        for role in roles:
+            if role not in ("mask", "masked") and role not in self.merged.channels:
+                raise CapabilityError(
+                    f"this model draws after a picture in the role {role!r}, which no edit of this"
+                    " pass gives (instruct gives an image, controlnet a hint)"
+                )
 
     def _check_picture(self) -> None:
         """Refuse edits of a picture that is not there, and say when one is not looked at."""
@@ -275,20 +265,80 @@ class Plan:
             raise InputError(f"{who}: needs a picture to edit; this pass starts from nothing")
         if merged.mask is not None and not merged.mask.any():
             raise MaskError("the mask selects nothing: white (1) is where the picture is to change")
-        looks = reads or merged.mask is not None or merged.residuals or merged.start
+        shown = merged.residuals or merged.channels or merged.tokens
+        looks = reads or merged.mask is not None or shown or merged.start or self.given.unfinished
         if not self.canvas.empty and not looks:
             log.warning(
                 "no edit of this pass looks at the picture, so nothing of it is kept:"
                 " img2img starts from it, inpaint keeps what its mask leaves out"
             )
 
-    def _predictions(self) -> dict[str, str | Conditioning]:
-        """What each prediction is conditioned on, in batch order: the negative first."""
-        named: dict[str, str | Conditioning] = {}
-        if self.pass_.guidance > 1 and "embedded_guidance" not in self.model.capabilities:
-            named[NEGATIVE] = self.run.negative
-        named[POSITIVE] = self.run.prompt
-        named |= {part.value.name: part.value.prompt for part in self.merged.branches}
+    def _check_handover(self) -> None:
+        """Refuse what cannot go on from latents that a pass before left unfinished."""
+        given, pass_ = self.given, self.pass_
+        position, passes = self.setting.position
+        if pass_.stop < 1 and position + 1 < passes and self.merged.finish:
+            raise ConflictError(
+                f"{self.merged.finish[0].owner}: finishes pixels, and this pass stops before there"
+                " are any: put it into the pass that goes on"
+            )
+        if not given.unfinished:
+            return
+        assert given.latents is not None
+        if self.merged.start is not None:
+            raise ConflictError(
+                f"{self.merged.start.owner}: says where sampling begins, and the pass before"
+                f" stopped at {given.done:g} of the way: this one goes on from there"
+            )
+        if pass_.stop <= given.done:
+            raise InputError(
+                f"stop is {pass_.stop:g}, and the pass before has gone {given.done:g} of the way"
+            )
+        assert given.model is not None
+        if given.model.space != self.model.space:
+            raise InputError(
+                "the pass before stopped early, and its model's latents are of another kind than"
+                " this one's, which cannot go on from them"
+            )
+        shape = (self.run.items, *self.fitting.latent_shape)
+        fits = all(side % self.model.grid == 0 for side in self.canvas.size)
+        if tuple(given.latents.shape) != shape or not fits:
+            raise InputError(
+                "the pass before stopped early, so that this one goes on from its latents: they"
+                " must be of one size and one number of pictures"
+            )
+
+    def _guidance(self) -> tuple[float, float | None]:
+        pass_ = self.pass_
+        if "embedded_guidance" in self.model.capabilities:
+            scale = 1.0 if pass_.true_guidance is None else pass_.true_guidance
+            if pass_.negative and scale <= 1:
+                log.warning(
+                    "the negative prompt is not looked at: this model takes the guidance scale as"
+                    " an input, so that it acts with true_guidance above 1"
+                )
+            return scale, pass_.guidance
+        if pass_.true_guidance is not None:
+            raise InputError(
+                "true_guidance is for models that take the guidance scale as an input; of this one"
+                " it is 'guidance'"
+            )
+        return pass_.guidance, None
+
+    def _predictions(self) -> dict[str, Branch]:
+        """The predictions of the pass by name, in batch order: the negative first."""
+        own = [Branch(POSITIVE, self.run.prompt)]
+        if self.guidance > 1:
+            own.insert(0, Branch(NEGATIVE, self.run.negative, negative=True))
+        named = {one.name: one for one in own}
+        for part in self.merged.branches:
+            for role in part.value.without:
+                if role not in self.model.roles:
+                    raise CapabilityError(
+                        f"{part.owner}: a branch goes without the channel {role!r}, which this"
+                        " model does not take"
+                    )
+            named[part.value.name] = part.value
         for term in self.merged.terms:
             for name in (term.value.toward, term.value.away):
                 if name not in named:
@@ -298,14 +348,40 @@ class Plan:
                     )
         return named
 
-    def _schedule(self) -> Schedule:
+    def _check_level(self) -> None:
+        """Refuse to go on from latents that hold more noise than the next step takes out."""
+        given = self.given
+        if not given.unfinished or not self.schedule.tells_noise or self.setting.compat:
+            return
+        (a, s), (own_a, own_s) = given.level, self.schedule.coefficients(0)
+        if not 1 / SAME_LEVEL < (s * own_a) / (a * own_s) < SAME_LEVEL:
+            raise InputError(
+                f"the pass before left noise of {s / a:.3g}, and {self.pass_.steps} steps of this"
+                f" one go on at {own_s / own_a:.3g}: give both the same number of steps"
+            )
+
+    def make_schedule(self, until: float | None = None) -> Schedule:
+        """The calls of this pass, or until another share of the way; used up by a trip."""
         start = self.merged.start
         at = start.value.at if start else 1.0
         if not 0 < at <= 1:
             raise InputError(f"strength must lie in (0, 1], got {at:g}")
         schedule = self.model.schedule(
-            self.pass_.scheduler, self.pass_.steps, at, compat=self.setting.compat
+            self.pass_.scheduler,
+            self.pass_.steps,
+            at,
+            shape=self.fitting.latent_shape,
+            eta=self.pass_.eta,
+            since=self.given.done if self.given.unfinished else 0.0,
+            until=self.pass_.stop if until is None else until,
+            compat=self.setting.compat,
         )
+        if self.merged.noise and not schedule.takes_noise:
+            raise SchedulerError(
+                f"{self.merged.noise.owner}: says what the sampler draws, and"
+                f" {type(schedule.scheduler).__name__} takes no noise from outside: use the"
+                " scheduler ddim with eta 1, or dpmpp_2m_sde"
+            )
         noised = [start.owner] if start else [part.owner for part in self.merged.keep]
         noised += [p.owner for p in self.merged.rows if isinstance(p.value.latents, Pixels)]
         noised += [] if self.merged.mask is None else ["a mask"]
@@ -316,16 +392,11 @@ class Plan:
             )
         return schedule
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of one item's latents."""
-        width, height = (side // self.model.grid for side in self.canvas.size)
-        return self.model.channels, height, width
-
     def record(self, timings: dict[str, float]) -> dict[str, Any]:
         """What was done, JSON-ready."""
         where = self.canvas.frame
         return {
+            "model": self.model.info["source"],
             "order": [
                 {"edit": e.name, "label": label, "version": e.version, "digest": e.digest}
                 for e, label in zip(self.edits, self.labels, strict=True)
@@ -335,13 +406,6 @@ class Plan:
             "scheduler": None if self.rests else type(self.schedule.scheduler).__name__,
             "region": list(where.region),
             "working_size": list(where.size),
+            "one_by_one": self.model.one_by_one,
             "timings": timings,
         }
-
-
-def _streams(setting: Setting) -> Streams:
-    if not setting.compat:
-        return Streams(setting.seeds, setting.position[0])
-    if len(setting.seeds) != 1:
-        raise InputError("compat mode compares one picture at a time: give one seed")
-    return Streams(setting.seeds, single=torch.Generator().manual_seed(setting.seeds[0]))

@@ -35,6 +35,7 @@ class Result:
         model: what the model says of itself.
         source: the picture that was edited; None when the result was made from nothing.
         resources: the heavy parts (control networks, detectors) that the editor had loaded.
+        handover: what another run goes on from, where the last pass stopped early.
     """
 
     pictures: tuple[Picture, ...]
@@ -45,6 +46,7 @@ class Result:
     model: dict[str, Any] = field(repr=False)
     source: Picture | None = field(default=None, repr=False)
     resources: tuple[str, ...] = ()
+    handover: Any = field(default=None, repr=False)
 
     @property
     def images(self) -> list[PIL.Image.Image]:

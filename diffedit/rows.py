@@ -17,11 +17,13 @@ class RowKey:
         branch: the prediction it belongs to ("positive", "negative", or a contributed name).
         item: the picture of the batch, counted from 0.
         reference: the name of the reference it shows; None for the canvas itself.
+        negative: whether guidance leads away from it.
     """
 
     branch: str
     item: int
     reference: str | None = None
+    negative: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,12 @@ class RowMap:
     def is_canvas(self, device: torch.device) -> torch.Tensor:
         """Which rows show the canvas, ``(rows,)`` bool."""
         return index_on(tuple(int(key.reference is None) for key in self.keys), device).bool()
+
+    @property
+    def apart(self) -> list[list[int]]:
+        """Indices of rows that can be predicted by themselves: a picture and its references."""
+        keys = [(key.branch, key.item) for key in self.keys]
+        return [[i for i, key in enumerate(keys) if key == one] for one in dict.fromkeys(keys)]
 
     def only(self, indices: Sequence[int]) -> RowMap:
         """Some of the rows, in the order given."""

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from diffedit.canvas import Canvas
-from diffedit.errors import CapabilityError, ParameterError, nearest
+from diffedit.errors import DiffeditError, ParameterError, lacking, nearest
 from diffedit.models.protocol import LatentModel
 from diffedit.preprocessors import Preprocess, Preprocessor
+
+if TYPE_CHECKING:
+    from diffedit.inversion import Inversion
+    from diffedit.sampler import Step
 
 
 class Streams:
@@ -60,10 +64,12 @@ class Run:
         prompt: what the pass is to show; "" when it says nothing.
         negative: what it is not to show.
         steps: how many steps the pass asks for, before any strength cuts them.
+        guidance: scale of classifier-free guidance; at most 1: there is no negative prediction.
         streams: the named streams of random numbers.
         compat: whether this pass is compared with diffusers' own pipelines.
         preprocessors: what can turn a picture into a control hint, by name.
         load: ``load(key, loader)``: loads something heavy once per editor.
+        inverter: what `invert` calls, from the phase `prepare` on.
     """
 
     canvas: Canvas
@@ -71,10 +77,39 @@ class Run:
     prompt: str
     negative: str
     steps: int
+    guidance: float
     streams: Streams
     compat: bool = False
     preprocessors: Mapping[str, Preprocessor] = field(default_factory=dict)
     load: Callable[[str, Callable[[], Any]], Any] = field(default=lambda key, loader: loader())
+    inverter: Callable[..., Generator[Step, None, Inversion]] | None = None
+
+    def invert(
+        self,
+        prompt: str = "",
+        *,
+        kind: Literal["ddim", "edit_friendly"] = "ddim",
+        guidance: float = 1.0,
+        refinements: int = 0,
+    ) -> Generator[Step, None, Inversion]:
+        """Find the noise that this pass's sampler would make the picture of; for `prepare`.
+
+        Use it as ``inversion = yield from run.invert(…)``: its steps are the pass's progress.
+
+        Args:
+            prompt: what the picture shows.
+            kind: "ddim" for samplers that draw nothing, "edit_friendly" for those that draw; see
+                `diffedit.inversion`.
+            guidance: towards the prompt; above 1 the path back is less exact.
+            refinements: how many times each step of "ddim" is taken again.
+
+        Raises:
+            DiffeditError: asked for before the phase `prepare`.
+            SchedulerError: the pass's sampler does not fit.
+        """
+        if self.inverter is None:
+            raise DiffeditError("an inversion calls the model: ask for it in prepare")
+        return self.inverter(prompt, kind, guidance, refinements)
 
     def laid_out(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor in the memory layout that the model computes fastest in.
@@ -98,17 +133,48 @@ class Run:
     def require(self, capability: str, who: str) -> None:
         """Raise `CapabilityError` unless the model has a capability."""
         if capability not in self.model.capabilities:
-            has = ", ".join(sorted(self.model.capabilities)) or "none"
-            raise CapabilityError(f"{who}: the loaded model has no {capability!r}; it has: {has}")
+            raise lacking(who, [capability], self.model.capabilities)
 
     def resource(self, key: str, loader: Callable[[], Any]) -> Any:
         """Load something heavy once per editor; later calls with the same key return it."""
         return self.load(key, loader)
 
-    def control_net(self, source: str | None, kind: str | None = None) -> Any:
-        """A control network, from a folder or hub id; None: the model's own for `kind`."""
+    def control_net(
+        self, source: str | None, kind: str | None = None, mode: int | None = None
+    ) -> Any:
+        """A control network, from a folder or hub id; None: the model's own for `kind`.
+
+        Args:
+            mode: of a union of control networks the number of the one that is meant; None: by
+                `kind`.
+        """
         key = f"control:{source or self.model.info['source']}:{kind if source is None else ''}"
-        return self.resource(key, lambda: self.model.load_control(source, kind))
+        net = self.resource(key, lambda: self.model.load_control(source, kind))
+        return self.model.in_mode(net, kind or "", mode)
+
+    def textual_inversion(self, source: str, token: str | None = None) -> Any:
+        """A word that text encoders learned, from a file, a folder or the hub.
+
+        Args:
+            token: how prompts say it; None: as the file has it.
+        """
+        key = f"textual_inversion:{source}:{token or ''}"
+        return self.resource(key, lambda: self.model.load_textual_inversion(source, token))
+
+    def lora(self, source: str) -> Any:
+        """Low-rank additions to the model's weights, from a file, a folder or the hub."""
+        return self.resource(f"lora:{source}", lambda: self.model.load_lora(source))
+
+    def ip_adapter(self, source: str, encoder: str | None = None) -> Any:
+        """What makes a prompt of a picture, from a file, a folder or the hub.
+
+        Args:
+            encoder: the folder of what it sees pictures with; None: the one beside the file.
+        """
+        key = f"ip_adapter:{source}:{encoder or ''}"
+        return self.resource(
+            key, lambda: self.model.load_ip_adapter(source, encoder, self.resource)
+        )
 
     def preprocess(self, kind: str, weights: str | None = None) -> Preprocess:
         """The preprocessor of that name, ready to use; its weights are loaded once per editor.

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from diffedit.schedulers import Schedule
+from diffedit.schedule import Schedule
 
 
 class Denoise(Protocol):
@@ -36,16 +36,16 @@ class Step:
     latents: Tensor
     pass_index: int = 0
     passes: int = 1
-    _x0: Callable[[], Tensor] = field(default=lambda: torch.empty(0), repr=False)
+    _x0: Callable[[], Tensor] | None = field(default=None, repr=False)
     _look: Callable[[Tensor], Tensor] = field(default=lambda x: x, repr=False)
 
     @property
     def x0(self) -> Tensor:
         """The clean latents the denoiser expected at this call, computed when asked for.
 
-        The noisy ones, for a scheduler that does not say how noisy they are.
+        The noisy ones, where nobody says how noisy they are.
         """
-        return self._x0()
+        return self._x0() if self._x0 is not None else self.latents
 
     def preview(self) -> Tensor:
         """A rough look at what is coming, ``(b, 3, h, w)`` in [0, 1]."""
@@ -59,6 +59,7 @@ def sample(
     *,
     rng: Sequence[torch.Generator],
     constrain: Callable[[Tensor, int], Tensor] | None = None,
+    noise: Callable[[int], Tensor] | None = None,
 ) -> Iterator[Step]:
     """Take latents through a schedule.
 
@@ -69,6 +70,7 @@ def sample(
         rng: one generator per item, for samplers that draw noise.
         constrain: ``(latents, level) -> latents`` after each call; level is the index of the next
             call, ``len(schedule)`` after the last.
+        noise: what the sampler draws at a call, where it is said from outside.
 
     Yields:
         One `Step` per call of the scheduler.
@@ -77,7 +79,8 @@ def sample(
     for call in range(total):
         output = denoise(latents, call)
         before = latents
-        latents = schedule.step(output, call, before, rng)
+        drawn = None if noise is None else noise(call)
+        latents = schedule.step(output, call, before, rng, drawn)
         if constrain is not None:
             latents = constrain(latents, call + 1)
 

@@ -149,6 +149,7 @@ def make_run(
     prompt: str = "",
     negative: str = "",
     steps: int = 4,
+    guidance: float = 5.0,
     seeds: Sequence[int] = (0,),
     editor: Editor | None = None,
 ) -> Run:
@@ -162,6 +163,7 @@ def make_run(
         prompt=prompt,
         negative=negative,
         steps=steps,
+        guidance=guidance,
         streams=Streams(tuple(seeds)),
         preprocessors=editor.plugins.preprocessors,
     )

@@ -58,8 +58,34 @@ class Pass(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
     rescale: FiniteFloat = Field(
         0.0, ge=0, le=1, description="How far guidance keeps the unguided prediction's contrast"
     )
+    true_guidance: FiniteFloat | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="Guidance away from the negative prompt, for models that take the guidance"
+        " scale as an input (Flux); empty, or 1 or less: none",
+    )
     scheduler: str | None = Field(
         None, min_length=1, description="Name of the sampler; empty: the model's own"
+    )
+    eta: FiniteFloat | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Share of noise that ddim or tcd draws at each step; empty: the usual one",
+    )
+    model: str | None = Field(
+        None,
+        min_length=1,
+        max_length=4096,
+        description="Another model for this pass, such as a refiner; empty: the workflow's",
+    )
+    stop: FiniteFloat = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="The share of the way after which the next pass goes on from the latents as"
+        " they are",
     )
     edits: tuple[AnyEdit, ...] = Field((), description="What acts in this pass, in any order")
 

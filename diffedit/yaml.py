@@ -65,8 +65,9 @@ def parse(text: str, where: str) -> tuple[Any, Marks]:
     from ruamel.yaml.error import YAMLError
 
     try:
-        reader = _Reader(where)
-        root = _yaml().compose(text)
+        pictures = _Pictures(text)
+        reader = _Reader(where, pictures)
+        root = _yaml().compose(pictures.taken_out(text))
         return None if root is None else reader.read(root, ()), reader.marks
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
@@ -77,11 +78,48 @@ def parse(text: str, where: str) -> tuple[Any, Marks]:
         raise WorkflowError(f"{where}: not a workflow: nested too deeply") from None
 
 
+class _Pictures:
+    """Takes pictures (``data:…;base64,…``) out of a text and puts them back.
+
+    ruamel.yaml looks at each character several times in Python: seconds for a megabyte.
+    """
+
+    _long = re.compile(r"(?<=;base64,)[A-Za-z0-9+/=]{64,}")
+
+    def __init__(self, text: str) -> None:
+        self.held: list[str] = []
+        self.sign = "@"
+        while f";base64,{self.sign}" in text:
+            self.sign += "@"
+        self._back = re.compile(rf"(?<=;base64,){self.sign}([0-9]+)")
+
+    def taken_out(self, text: str) -> str:
+        def hold(found: re.Match[str]) -> str:
+            self.held.append(found[0])
+            return f"{self.sign}{len(self.held) - 1}"
+
+        return self._long.sub(hold, text)
+
+    def taken_out_of(self, data: Any) -> Any:
+        match data:
+            case str():
+                return self.taken_out(data)
+            case dict():
+                return {key: self.taken_out_of(value) for key, value in data.items()}
+            case list():
+                return [self.taken_out_of(value) for value in data]
+        return data
+
+    def put_back(self, text: str) -> str:
+        return self._back.sub(lambda found: self.held[int(found[1])], text) if self.held else text
+
+
 class _Reader:
     """Builds plain data from composed nodes; what an alias repeats is built once."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, pictures: _Pictures) -> None:
         self.where = where
+        self.pictures = pictures
         self.marks: dict[tuple[str | int, ...], str] = {}
         self.built: dict[int, Any] = {}
 
@@ -110,15 +148,16 @@ class _Reader:
                 return found
             case "scalar", kind if kind in _SCHEMA:
                 with contextlib.suppress(ValueError):
-                    return _SCHEMA[kind][1](node.value)
+                    return _SCHEMA[kind][1](self.pictures.put_back(node.value))
         raise WorkflowError(f"{self.spot(node)}: no workflow has the tag {str(node.tag)!r}")
 
 
 def dump(data: Any) -> str:
     """YAML text; what holds nothing but plain values stands in one line."""
+    pictures = _Pictures(json.dumps(data, default=str))
     text = io.StringIO()
-    _yaml().dump(data, text)
-    return text.getvalue()
+    _yaml().dump(pictures.taken_out_of(data), text)
+    return pictures.put_back(text.getvalue())
 
 
 @functools.cache

@@ -1,7 +1,8 @@
-"""Makes the README's picture with the embedded model: ``python docs/pictures.py``.
+"""Makes pictures of the docs with the embedded model: ``python docs/pictures.py``.
 
-Left the photograph with the mask outlined, then what three prompts put there. The
-seeds are fixed, so a machine of the same kind makes the same picture again.
+The README's: left the photograph with the mask outlined, then what three prompts put there. That of
+`prompts.md`: a prompt, then with a region, then two regions. The seeds are fixed, so a machine of
+the same kind makes the same pictures again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from PIL import Image
 
 from diffedit import Editor, Pass
 from diffedit_inpaint import Inpaint
+from diffedit_region import Region
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTO = ROOT / "examples" / "coffee.png"
@@ -22,8 +24,31 @@ PROMPTS = (("a yellow star", 7), ("a white ring", 6), ("a cyan triangle", 6))
 
 
 def main() -> None:
-    """Write docs/before-after.png."""
+    """Write both."""
     editor = Editor.load()
+    before_after(editor)
+    regions(editor)
+
+
+def regions(editor: Editor) -> None:
+    """Write docs/regions.png."""
+    left = np.zeros((256, 256), bool)
+    left[:, :128] = True
+    prompts = "a red circle on a white background", "a green square on a black background"
+    other = "a green square on a yellow background"
+    sets = (
+        (),
+        (Region(prompt=other, mask=~left),),
+        tuple(Region(prompt=p, mask=m) for p, m in zip(prompts, (left, ~left), strict=True)),
+    )
+    said = "a red circle on a blue background"
+    passes = [Pass(prompt=said, steps=25, guidance=6, edits=edits) for edits in sets]
+    made = [editor.run(None, one, seed=1, size=(256, 256)).pixels for one in passes]
+    Image.fromarray(np.concatenate(made, axis=1)).save(ROOT / "docs" / "regions.png")
+
+
+def before_after(editor: Editor) -> None:
+    """Write docs/before-after.png."""
     before = np.asarray(Image.open(PHOTO)).copy()
     outline, _ = cv2.findContours(
         np.asarray(Image.open(MASK).convert("L")), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE

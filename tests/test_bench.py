@@ -1,12 +1,13 @@
 """The benchmarks run, and count what they say they count. Nothing here depends on the clock."""
 
+import argparse
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import measure, speed, training
+from bench import full_size, measure, sizes, speed, training
 from bench.measure import Contestant, Ratio
 
 
@@ -116,3 +117,36 @@ def test_both_loops_train_the_same_from_the_same_start(tmp_path: Path) -> None:
         assert one.peak > 100
     # The same weights and pictures; noise and timesteps are each loop's own.
     assert 0.5 < ours.losses[0] / plain.losses[0] < 2
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "flux"])
+def test_models_of_full_size_have_it(name: str) -> None:
+    billions = {"sd15": 0.860, "sdxl": 2.567, "flux": 11.901}  # of the published denoisers
+    size = sizes.MODELS[name]
+    model = size.model(sizes.made(size, torch.device("meta")), name)
+    assert model.denoiser.num_parameters() / 1e9 == pytest.approx(billions[name], abs=0.001)
+    assert model.dtype == size.dtype
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("name", ["nano-sd15", "nano-sdxl", "nano-flux"])
+def test_both_sides_of_a_full_size_run_do_the_same_work(name: str) -> None:
+    options = {"device": "cpu", "steps": 3, "rounds": 1, "compile": ""}
+    bench = full_size.Bench(name, argparse.Namespace(**options))
+    for task in ("text2img", "img2img", "inpaint"):
+        ours, *theirs = bench.measured(task)
+        assert {ours.work} == {one.work for one in theirs}
+        assert ours.work.startswith("1 ×" if "sd" in name and task == "img2img" else ("3 ×", "2 ×"))
+        assert all(len(one.step_ms) == len(one.seconds) == 1 for one in (ours, *theirs))
+        assert "diffusers" in full_size.table("t", [ours, *theirs])
+    assert "decode" not in vars(bench.pipe.vae)
+
+
+def test_ratios_of_steps_are_taken_within_each_round() -> None:
+    slow, quick = (full_size.Side(name, list) for name in ("diffusers", "diffedit"))
+    slow.step_ms, quick.step_ms = [2.0, 30.0, 4.0], [1.0, 10.0, 1.0]
+    assert full_size.ratio(slow, quick) == "3.00× (2.00–4.00)"
+    slow.seconds = quick.seconds = [1.0] * 3
+    assert "≥ 1.05× asked, 3.00×: reached" in full_size.table("t", [quick, slow])
+    slow.step_ms = quick.step_ms
+    assert "≥ 1.05× asked, 1.00×: NOT REACHED" in full_size.table("t", [quick, slow])

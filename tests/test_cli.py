@@ -26,6 +26,7 @@ from diffedit.cli.edit import parse_edit, workflow_of
 from diffedit.errors import Busy, InputError, OutputError, PluginError
 from diffedit.images import Picture, save_picture
 from diffedit.plugins import Plugins
+from diffedit.schedulers import SCHEDULERS
 
 SIDE = 64
 
@@ -482,6 +483,25 @@ def test_a_broken_plugin_is_named(
     assert "haze: could not be loaded: ModuleNotFoundError" in capfd.readouterr().err
 
 
+def test_schedulers_are_listed_with_what_they_can_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schedulers", "--json"]) == 0
+    found = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
+    assert set(found) == set(SCHEDULERS)
+    assert found["heun"] == {
+        "name": "heun",
+        "class": "HeunDiscreteScheduler",
+        "order": 2,
+        "calls": 2,
+        "stochastic": False,
+        "starts_inside": True,
+        "flow": True,
+    }
+    assert main(["schedulers"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line.split() for line in lines]
+    assert ["euler_a", "1", "1", "yes", "yes", "no", "EulerAncestralDiscreteScheduler"] in shown
+
+
 def test_models(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "list", "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
@@ -579,7 +599,7 @@ def test_help_is_quick(arguments: list[str]) -> None:
 
 def test_the_commands() -> None:
     context = click.Context(cli)
-    own = ["edit", "models", "plugins", "run", "train"]
+    own = ["edit", "models", "plugins", "run", "schedulers", "train"]
     # A plugin's stands there once plugins were asked, which another test may have done.
     assert [name for name in cli.list_commands(context) if name != "demo"] == own
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import IPNDMScheduler
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor
 from skimage import data
 
 from diffedit import (
@@ -242,8 +242,8 @@ def test_what_contribute_does_to_the_model_is_undone_and_named() -> None:
 
 
 def test_foreign_attention_processors_are_not_dropped_in_silence(editor: Editor) -> None:
-    class Foreign(AttnProcessor2_0):  # type: ignore[misc]
-        pass
+    class Foreign(AttnProcessor):  # type: ignore[misc]
+        """Attention of its own, which no term could reach."""
 
     def apply(model: Any) -> Any:
         before = dict(model.unet.attn_processors)

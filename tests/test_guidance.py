@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from diffedit import Contribution, Pass
-from diffedit.attention import QKV, Processor, Site
+from diffedit.attention import QKV, Site
 from diffedit.guidance import classifier_free, rescaled, with_terms
 from diffedit.rows import RowKey, RowMap
 from diffedit_img2img import Img2Img
@@ -51,36 +50,6 @@ def test_terms_are_added_with_numbers_and_with_maps() -> None:
     ]
     expected = POSITIVE + 0.5 * (THIRD - NEGATIVE) + where * (POSITIVE - THIRD)
     assert torch.allclose(with_terms(POSITIVE, GIVEN, terms), expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("cross", [False, True])
-@pytest.mark.parametrize("group_norm", [False, True])
-@pytest.mark.parametrize("flat", [False, True])
-def test_the_processor_without_a_transform_is_diffusers_own(
-    cross: bool, group_norm: bool, flat: bool
-) -> None:
-    torch.manual_seed(0)
-    attention: Any = Attention(
-        query_dim=16,
-        cross_attention_dim=12 if cross else None,
-        heads=4,
-        dim_head=4,
-        norm_num_groups=4 if group_norm else None,
-        residual_connection=group_norm,
-        processor=AttnProcessor2_0(),
-    ).eval()
-    x = torch.randn(3, 10, 16) if flat else torch.randn(3, 16, 5, 2)
-    context = torch.randn(3, 7, 12) if cross else None
-    theirs = attention(x, encoder_hidden_states=context)
-    seen: list[Site] = []
-
-    def identity(qkv: QKV, site: Site) -> QKV:
-        seen.append(site)
-        return qkv
-
-    attention.set_processor(Processor("down.attn1.processor", identity, lambda: ROWS))
-    assert torch.equal(attention(x, encoder_hidden_states=context), theirs)
-    assert seen == [Site("down.attn1", cross, ROWS)]
 
 
 def attended(qkv: QKV) -> torch.Tensor:

@@ -10,9 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from diffedit import Branch, Call, Contribution, Edit, Guidance, Patch, Row, Run, Start, Tokens
-from diffedit.edit import canonical, labels, merge
+from diffedit.contribution import merge
+from diffedit.edit import Windowed, canonical, labels
 from diffedit.errors import ConflictError, ParameterError, PluginError
 
 
@@ -64,13 +66,16 @@ def test_every_field_has_a_law_and_a_test() -> None:
         "keep": ("in_order", False),
         "conditioning": ("union", False),
         "channels": ("union", False),
-        "tokens": ("flat", False),
+        "tokens": ("flat", True),
         "branches": ("named", False),
         "rows": ("named", False),
         "terms": ("flat", False),
         "combine": ("exclusive", False),
+        "noise": ("exclusive", False),
         "residuals": ("in_order", False),
+        "sees": ("joined", False),
         "attention": ("in_order", True),
+        "beside": ("in_order", False),
         "patches": ("flat", False),
         "prepare": ("in_order", False),
         "refine": ("in_order", True),
@@ -105,6 +110,12 @@ def test_alpha_is_the_larger_and_where_none_is_given_the_mask() -> None:
     assert merge([(A(), giving(prepare=nothing))]).alpha is None
 
 
+def test_what_residuals_see_is_joined() -> None:
+    masked = frozenset({"masked"})
+    assert both("sees", frozenset({"mask"}), masked) == {"mask", "masked"}
+    assert merge([(A(), Contribution())]).sees == frozenset()
+
+
 @pytest.mark.parametrize("field", ["conditioning", "channels"])
 def test_union_by_key(field: str) -> None:
     merged = both(field, {"p": torch.zeros(1)}, {"q": torch.ones(1)})
@@ -115,7 +126,7 @@ def test_union_by_key(field: str) -> None:
 
 def test_tokens_terms_and_patches_stand_one_after_another() -> None:
     for field, one, other in (
-        ("tokens", Tokens(torch.zeros(1), "r", 0), Tokens(torch.zeros(1), "r", 0)),
+        ("tokens", Tokens(torch.zeros(1), "r"), Tokens(torch.zeros(1), "q")),
         ("terms", Guidance(1, "positive", "negative"), Guidance(2, "positive", "negative")),
         ("patches", Patch(nothing), Patch(nothing)),
     ):
@@ -182,6 +193,11 @@ def test_the_order_does_not_depend_on_the_listing(listed: list[Edit]) -> None:
     assert len(set(labels(ordered))) == len(ordered)
 
 
+def test_an_edit_that_is_listed_twice_acts_twice() -> None:
+    one = A(x=1)
+    assert canonical([one, one, B()]) == [one, one, B()]
+
+
 def test_after_moves_an_edit_behind_another() -> None:
     assert canonical([A(after="x"), B(id="x")]) == [B(id="x"), A(after="x")]
 
@@ -219,3 +235,13 @@ def test_only_what_finishes_needs_no_sampler() -> None:
 def test_a_digest_follows_parameters_and_not_names() -> None:
     assert A(x=1).digest == A(x=1, id="p", after="q").digest
     assert len({A(x=1).digest, A(x=2).digest, B(x=1).digest}) == 3
+
+
+def test_an_edit_with_a_window_says_when_it_acts() -> None:
+    class Late(Windowed, frozen=True):
+        name = "late"
+
+    assert Late().during == (0, 1)
+    assert Late(start=0.25, end=0.5).during == (0.25, 0.5)
+    with pytest.raises(ValidationError, match=r"start 0\.6 lies after end 0\.5"):
+        Late(start=0.6, end=0.5)

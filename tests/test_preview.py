@@ -49,11 +49,16 @@ def test_a_linear_autoencoder_is_seen_through() -> None:
 
     class Stub(StableDiffusion):
         def __init__(self) -> None:
-            self.grid, self.channels, self._look = 4, 4, None
-            self.unet = SimpleNamespace(parameters=lambda: iter([mixing]))
+            self.cell, self.channels, self._look = 4, 4, None
+            self.denoiser = SimpleNamespace(parameters=lambda: iter([mixing]))
 
-        def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-            return torch.einsum("kc,bchw->bkhw", mixing, F.avg_pool2d(pixels, self.grid))
+        def encode(
+            self,
+            pixels: Tensor,
+            generator: torch.Generator | None = None,
+            role: str | None = None,
+        ) -> Tensor:
+            return torch.einsum("kc,bchw->bkhw", mixing, F.avg_pool2d(pixels, self.cell))
 
     stub = Stub()
     colour = torch.tensor([0.9, 0.4, 0.1]).view(1, 3, 1, 1)

@@ -18,7 +18,8 @@ import gradio as gr
 
 from diffedit import Workflow
 from diffedit.errors import DiffeditError, InputError
-from diffedit_demo.desk import Desk
+from diffedit_demo.components import WithoutStub
+from diffedit_demo.desk import Desk, visitors_workflow
 from diffedit_demo.jobs import Cancelled, run
 from diffedit_demo.stack import parameters_of
 from diffedit_demo.texts import progress
@@ -26,6 +27,15 @@ from diffedit_demo.workspace import Workspace
 
 Said = tuple[list[str] | None, str]
 """Files of pictures once there are some, and how far it is or the workflow that made them."""
+
+
+class _Record(gr.JSON, metaclass=WithoutStub):
+    """Values by name. Gradio's own schema of JSON, ``{"type": {}}``, is one that agents refuse."""
+
+    is_template = True  # in the browser it is a gr.JSON
+
+    def api_info(self) -> dict[str, Any]:
+        return {"type": "object", "additionalProperties": True}
 
 
 class Endpoints:
@@ -45,13 +55,13 @@ class Endpoints:
                 gr.Textbox("", label=name)
                 for name in ("edit", "prompt", "negative", "model", "workflow")
             )
-            parameters = gr.JSON(label="parameters", value={})
+            parameters = _Record(label="parameters", value={})
             seed = gr.Number(0, precision=0, label="seed")
             steps = gr.Number(20, precision=0, label="steps")
             guidance = gr.Number(5.0, label="guidance")
             pictures = gr.File(label="pictures", file_count="multiple")
             said = gr.Textbox(label="said")
-            found = gr.JSON(label="plugins")
+            found = _Record(label="plugins")
             call: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
             gr.Button().click(
                 _caught(self.edit),
@@ -123,9 +133,7 @@ class Endpoints:
             image: the picture to edit; none: make one from nothing.
             workflow: as YAML or JSON; pictures in it stand as data URIs, it may name no file.
         """
-        read = Workflow.from_yaml(
-            workflow, where="the workflow", plugins=self.workspace.plugins, files=False
-        )
+        read = visitors_workflow(workflow, "the workflow", self.workspace.plugins)
         yield from self._run(request, image, read)
 
     def plugins(self) -> dict[str, Any]:
@@ -151,9 +159,10 @@ class Endpoints:
         def done(result: Any) -> None:
             for one in desk.made(result, None):
                 desk.session.remove(one.shown)
+                desk.session.unpin(one.file)  # the oldest go when a program has made many
                 made.append(str(one.file))
 
-        with self.workspace.models.editor(workflow.model) as editor:
+        with self.workspace.models.editor(workflow.model, workflow.passes) as editor:
             for step in run(editor, file, workflow, threading.Event(), done):
                 yield None, progress("en", step)
         yield made, workflow.to_yaml()

@@ -116,8 +116,10 @@ def demo(
         # Libraries print to stdout as they please; it belongs to the address.
         with contextlib.redirect_stdout(sys.stderr):
             from diffedit_demo import page
+            from diffedit_demo.desk import bound_pictures
 
             quiet_libraries()
+            bound_pictures()
             sessions = Sessions(root)
             blocks = page.build((*models, "tiny"), sessions, options)
             served = server.app(blocks, options, sessions, page.look())

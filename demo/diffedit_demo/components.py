@@ -15,22 +15,20 @@ from gradio.data_classes import GradioModel
 _HERE = Path(__file__).parent
 
 
-class _WithoutStub(ComponentMeta):
+class WithoutStub(ComponentMeta):
     """Gradio's metaclass less the stub file that it writes beside the source at import.
 
     An installed package may be read-only, and type checkers would believe the stub.
     """
 
-    def __new__(
-        cls, name: str, bases: tuple[type, ...], attributes: dict[str, Any]
-    ) -> _WithoutStub:
+    def __new__(cls, name: str, bases: tuple[type, ...], attributes: dict[str, Any]) -> WithoutStub:
         """Make a component class; see ``ComponentMeta``."""
         if "__init__" in attributes:
             attributes["__init__"] = updateable(attributes["__init__"])  # type: ignore[no-untyped-call]
         return ABCMeta.__new__(cls, name, bases, attributes)
 
 
-class Scripted(gr.HTML, metaclass=_WithoutStub):
+class Scripted(gr.HTML, metaclass=WithoutStub):
     """A component whose whole look and behaviour is a script of ours.
 
     The folder of its name holds ``NAME.js``, which fills ``<div class="diffedit-NAME">``, and

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import secrets
 import threading
 from collections.abc import Mapping
@@ -28,6 +29,13 @@ SHOWN_SIDE = 2048
 """Pixels on the longer side of what a browser is given to show; masks are drawn on its grid."""
 
 MOST_PIXELS = 64_000_000
+"""Of a picture that a visitor sends, in whatever way."""
+
+MOST_WRITTEN = 1 << 17
+"""Characters of a workflow, besides the pictures in it: reading so many takes seconds."""
+
+_PICTURE = re.compile(r";base64,[A-Za-z0-9+/=]*")
+
 KEYWORD = "diffedit"
 """The PNG text that holds the workflow a picture was made by."""
 
@@ -80,6 +88,8 @@ class Desk:
     chosen: int = 0
     waiting: Order | None = None
     running: Order | None = None
+    left: bool = False
+    """Whether its page was closed: then the same tab may come back to it."""
     number: int = field(default_factory=lambda: secrets.randbelow(1 << 40))
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -127,7 +137,7 @@ class Desk:
         try:
             with PIL.Image.open(file) as header:
                 width, height = header.size
-        except PIL.Image.DecompressionBombError:
+        except PIL.Image.DecompressionBombError:  # `bound_pictures`, or Pillow's own limit
             width = height = 1 << 20
         except Exception:  # what Pillow does not know, diffedit.images may, or says why not
             width = height = 0
@@ -145,6 +155,26 @@ class Desk:
         data = io.BytesIO()
         image.save(data, "PNG", compress_level=1)
         return self.session.add(data.getvalue(), ".png", pinned=True)
+
+    def remove(self) -> None:
+        """Take the present picture out of the history, and delete its files.
+
+        Raises:
+            InputError: there is none, or something is being made of it.
+        """
+        now = self.history.now
+        if now is None:
+            raise InputError("there is no picture to remove: open one")
+        with self._lock:
+            at_work = [one.source for one in (self.waiting, self.running) if one is not None]
+        used = (*at_work, *(one.parent for one in self.candidates))
+        if any(one is not None and one.id == now.id for one in used):
+            raise InputError(
+                "this picture is being edited: keep or discard what is made of it, then remove it"
+            )
+        self.history.remove(now.id)
+        self.session.remove(now.file)
+        self.session.remove(now.shown)
 
     # --- from the page to a workflow --------------------------------------------------------------
 
@@ -202,7 +232,7 @@ class Desk:
             if source is None:
                 raise InputError("there is no picture yet: open one")
             return open_picture(source.file.read_bytes())
-        if kind == "result" and name.isdecimal() and int(name) < len(self.history):
+        if kind == "result" and name.isdecimal() and int(name) in self.history.nodes:
             return open_picture(self.history.nodes[int(name)].file.read_bytes())
         if kind == "own" and pick in pictures:
             return self._own(pictures[pick])
@@ -300,6 +330,14 @@ class Desk:
         return Changes(int((where & inside).sum()), int(outside.sum()), reach, True)
 
 
+def bound_pictures() -> None:
+    """Have no picture decoded in this process that says it is larger than `MOST_PIXELS`.
+
+    `Desk.checked` says so in better words, but pictures also stand in workflows and parameters.
+    """
+    PIL.Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow refuses above twice its limit
+
+
 def masks_of(workflow: Workflow) -> list[npt.NDArray[np.float32]]:
     """All masks that the edits of a workflow name."""
     from diffedit import MaskField
@@ -313,13 +351,28 @@ def masks_of(workflow: Workflow) -> list[npt.NDArray[np.float32]]:
     ]
 
 
-def read_workflow(file: Path, plugins: Any = None) -> Workflow:
-    """A workflow from a file, or from a picture that was made by one.
+def visitors_workflow(text: str, where: str, plugins: Plugins | None = None) -> Workflow:
+    """A workflow that a visitor sent as text.
 
     It may name no file of this machine: pictures stand in it as data, as this page writes them.
 
     Raises:
-        InputError: there is none, or it names files.
+        InputError: it is none, is too long to be read here, or names files.
+    """
+    written = len(text) - sum(len(one[0]) for one in _PICTURE.finditer(text))
+    if written > MOST_WRITTEN:
+        raise WorkflowError(
+            f"{where} has {written} characters besides its pictures, should have {MOST_WRITTEN}"
+            " at most"
+        )
+    return Workflow.from_yaml(text, where=where, plugins=plugins, files=False)
+
+
+def read_workflow(file: Path, plugins: Plugins | None = None) -> Workflow:
+    """A workflow from a visitor's file, or from a picture that was made by one.
+
+    Raises:
+        InputError: there is none, or one that `visitors_workflow` refuses.
     """
     data = file.read_bytes()
     if data[:8] == b"\x89PNG\r\n\x1a\n":
@@ -335,4 +388,4 @@ def read_workflow(file: Path, plugins: Any = None) -> Workflow:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError:
             raise WorkflowError(f"{file.name} is no workflow: it is not UTF-8 text") from None
-    return Workflow.from_yaml(text, where=file.name, plugins=plugins, files=False)
+    return visitors_workflow(text, file.name, plugins)

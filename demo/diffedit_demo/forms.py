@@ -74,13 +74,16 @@ def fields(schema: Mapping[str, Any], registries: Mapping[str, Sequence[str]]) -
 
 
 def pass_fields(
-    schema: Mapping[str, Any], schedulers: Sequence[str], plain: Sequence[str] = ("prompt",)
+    schema: Mapping[str, Any],
+    registries: Mapping[str, Sequence[str]],
+    plain: Sequence[str] = ("prompt",),
 ) -> list[Field]:
     """The fields of a pass, without its edits; all but the `plain` ones are folded away."""
     own = {k: v for k, v in schema["properties"].items() if k in PASS_FIELDS}
-    own["scheduler"] = own["scheduler"] | {"registry": "schedulers"}
+    for name in ("scheduler", "model"):
+        own[name] = own[name] | {"registry": f"{name}s"}
     own = {name: {"advanced": name not in plain} | said for name, said in own.items()}
-    return fields({**schema, "properties": own}, {"schedulers": schedulers})
+    return fields({**schema, "properties": own}, registries)
 
 
 def _resolved(said: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:

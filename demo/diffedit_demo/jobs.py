@@ -6,12 +6,12 @@ import io
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffedit import Editor, Result, Step, Workflow
+from diffedit import Editor, Pass, Result, Step, Workflow
 from diffedit.errors import InputError, nearest
 
 log = logging.getLogger(__name__)
@@ -71,20 +71,30 @@ class Models:
         return self._loaded[0] if self._loaded else None
 
     @contextmanager
-    def editor(self, source: str) -> Iterator[Editor]:
+    def editor(self, source: str, passes: Iterable[Pass] = ()) -> Iterator[Editor]:
         """An editor for one run; whoever comes meanwhile waits.
+
+        Args:
+            source: the model of the run.
+            passes: of the run, which may name others.
 
         Raises:
             InputError: a source that was not offered: a page may not name any folder it likes.
             ModelError: it cannot be loaded.
         """
-        if source not in self.sources:
-            raise InputError(f"model {source!r} is not offered here{nearest(source, self.sources)}")
+        for name in (source, *(one.model for one in passes)):
+            if name is not None and name not in self.sources:
+                raise InputError(f"model {name!r} is not offered here{nearest(name, self.sources)}")
         with self._turn:
             if self._loaded is None or self._loaded[0] != source:
                 self._loaded = None  # both at once may be more than fits
                 self._loaded = (source, self._load(source))
-            yield self._loaded[1]
+            editor = self._loaded[1]
+            try:
+                yield editor
+            finally:
+                if any(one.model not in (None, source) for one in passes):
+                    editor.forget()
 
 
 def run(

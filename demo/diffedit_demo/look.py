@@ -14,6 +14,8 @@ _CSS = """
 button[role="tab"][aria-selected="true"] { color: var(--body-text-color) !important; }
 /* Otherwise nothing in it is sticky. */
 .gradio-container { overflow: clip visible !important; }
+/* Ours begin and end where Gradio's own do. */
+.html-container { padding: 0 !important; }
 #history .grid-container { grid-template-columns: repeat(auto-fill, 104px) !important; }
 #history .thumbnail-item { height: 104px; }
 .heading { display: flex; align-items: center; gap: 12px; }
@@ -33,8 +35,8 @@ button[role="tab"][aria-selected="true"] { color: var(--body-text-color) !import
 @media (max-width: 640px) {
   .run-bar { position: fixed; inset: auto 0 0 0; padding: 8px 12px;
     border-top: 1px solid var(--border-color-primary); }
-  .run-bar .row { flex-wrap: nowrap; }
-  .run-bar .row > * { min-width: 0 !important; }
+  .run-bar .row, .row.steps { flex-wrap: nowrap; }
+  .run-bar .row > *, .row.steps > * { min-width: 0 !important; }
   .gradio-container { padding-bottom: 120px !important; }
 }
 """

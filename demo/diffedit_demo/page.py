@@ -1,11 +1,11 @@
-"""The page: a picture with masks on the left, the stack of passes on the right."""
+"""The page: what its events do."""
 
 from __future__ import annotations
 
-import html
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,23 +15,22 @@ import gradio as gr
 from diffedit import Editor, Workflow
 from diffedit.errors import DiffeditError, InputError
 from diffedit.plugins import default
-from diffedit_demo.about import card, heading, memory
+from diffedit_demo.about import memory
 from diffedit_demo.api import Endpoints
-from diffedit_demo.canvas import Canvas, Painted, Refused, Shown
+from diffedit_demo.canvas import Painted, Refused, Shown
 from diffedit_demo.code import LANGUAGES
 from diffedit_demo.components import flushed
-from diffedit_demo.composer import Composed, Composer, Hint, Past, Tell
+from diffedit_demo.composer import Composed, Hint, Past, Tell
 from diffedit_demo.desk import Candidate, Changes, Desk, Order, read_workflow
 from diffedit_demo.faults import fault_of
 from diffedit_demo.history import Node
-from diffedit_demo.jobs import Cancelled, Models, Progress, run
-from diffedit_demo.look import look, translations
+from diffedit_demo.jobs import Cancelled, Models, run
+from diffedit_demo.layout import Layout, status_line
+from diffedit_demo.look import look
 from diffedit_demo.sessions import Sessions
-from diffedit_demo.settings import MOST_PICTURES
 from diffedit_demo.stack import Stack, new_uid
-from diffedit_demo.texts import COMPOSER, PAGE, VIEWER, language, progress, say
+from diffedit_demo.texts import language, progress, say
 from diffedit_demo.viewer import Shown as Look
-from diffedit_demo.viewer import Viewer
 from diffedit_demo.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -40,9 +39,6 @@ if TYPE_CHECKING:
 __all__ = ["build", "look", "page"]
 
 log = logging.getLogger(__name__)
-
-QUEUE = 24
-"""Runs that may wait; whoever comes then is told to come again."""
 
 _QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 _FREE: dict[str, Any] = {**_QUIET, "concurrency_id": "desk", "concurrency_limit": 8}
@@ -71,90 +67,25 @@ def page(workspace: Workspace) -> gr.Blocks:
     with gr.Blocks(title="diffedit", fill_width=True, analytics_enabled=False) as blocks:
         shown = _Page(workspace)
         shown.lay_out()
+        shown.tie()
         Endpoints(workspace).lay_out()
         blocks.unload(shown.closed)
-    blocks.queue(max_size=QUEUE, default_concurrency_limit=None, api_open=False)
+    blocks.queue(default_concurrency_limit=None, api_open=False)
     return blocks
 
 
-class _Page:
-    """The components, and what their events do."""
+class _Page(Layout):
+    """What the events of the components do."""
 
-    def __init__(self, workspace: Workspace) -> None:
-        self.workspace = workspace
-        self.t: Any = translations()
-
-    # --- layout -----------------------------------------------------------------------------------
-
-    def lay_out(self) -> None:
-        """Put everything on the page, and tie the events."""
-        gr.HTML(heading(), padding=False)
-        with gr.Row():
-            with gr.Column(scale=3, min_width=320):
-                self._left()
-            with gr.Column(scale=2, min_width=320):
-                self._right()
-        self._tie()
-
-    def _left(self) -> None:
-        t = self.t
-        with gr.Tabs(selected="edit") as self.tabs:
-            with gr.Tab(t("tab_edit"), id="edit"):
-                self.canvas = Canvas(elem_id="canvas")
-            with gr.Tab(t("tab_result"), id="result"):
-                self.viewer = Viewer(VIEWER, elem_id="viewer")
-                self.changes = gr.HTML(elem_id="changes")
-                self.candidates = gr.Gallery(
-                    label=t("candidates"), columns=MOST_PICTURES, height=120, allow_preview=False,
-                    interactive=False, visible=False, elem_id="candidates",
-                )  # fmt: skip
-                with gr.Row():
-                    self.keep = gr.Button(t("keep"), variant="primary", interactive=False)
-                    self.discard = gr.Button(t("discard"), interactive=False)
-                    self.download = gr.DownloadButton(t("download"), interactive=False)
-        self.history = gr.Gallery(
-            label=t("history"), columns=8, height=150, allow_preview=False, interactive=False,
-            object_fit="contain", elem_id="history",
-        )  # fmt: skip
-        with gr.Row():
-            self.undo = gr.Button(t("undo"), size="sm", interactive=False, elem_id="undo")
-            self.redo = gr.Button(t("redo"), size="sm", interactive=False, elem_id="redo")
-
-    def _right(self) -> None:
-        t = self.t
-        with gr.Column(elem_classes="run-bar"):
-            self.status = gr.HTML(_status(PAGE["en"]["ready"]), elem_id="status", padding=False)
-            with gr.Row():
-                self.run = gr.Button(t("run"), variant="primary", elem_id="run")
-                self.cancel = gr.Button(
-                    t("cancel"), variant="stop", interactive=False, elem_id="cancel"
-                )
-        for name, why in self.workspace.plugins.broken.items():
-            gr.HTML(f'<p class="fault">{html.escape(say("en", "broken", name=name, why=why))}</p>')
-        self.composer = Composer(forms=self.workspace.forms(), texts=COMPOSER, elem_id="composer")
-        with gr.Accordion(t("workflow"), open=False):
-            self.load = gr.UploadButton(
-                t("load"),
-                file_types=[".yaml", ".yml", ".json", ".png"],
-                type="filepath",
-            )
-            self.save = gr.DownloadButton(t("save"), interactive=False)
-            self.language = gr.Radio(list(LANGUAGES), value=None, label=t("code"))
-            self.code = gr.Textbox(
-                label=t("code_text"), lines=6, max_lines=16, interactive=False, visible=False,
-                buttons=["copy"], elem_id="code",
-            )  # fmt: skip
-        with gr.Accordion(t("about"), open=False, elem_id="about"):
-            for source in self.workspace.models.sources:
-                gr.Markdown(card(source))
-
-    def _tie(self) -> None:
-        self.canvas.opened(self._opened, self.canvas, self._all(), **_FREE)
+    def tie(self) -> None:
+        """Tie the events to what they do."""
+        self.canvas.opened(self._opened, self.canvas, self.all(), **_FREE)
         self.composer.hint(
             self._hint, [self.canvas, self.composer], self.composer,
             js=flushed({"canvas": 0}), concurrency_id="hint", concurrency_limit=1,
             trigger_mode="always_last", **_QUIET,
         )  # fmt: skip
+        self.composer.arrived(self._arrived, self.composer, self.all(), **_FREE)
         # What was on the page when Run was pressed is what runs, whenever its turn comes.
         begun = self.run.click(
             self._ordered, [self.canvas, self.composer], [self.run, self.cancel, self.status],
@@ -162,7 +93,7 @@ class _Page:
             **_QUIET,
         )  # fmt: skip
         ran = begun.then(
-            self._runs, None, [*self._all(), self.run, self.cancel, self.download, self.save],
+            self._runs, None, [*self.all(), self.run, self.cancel, self.download, self.save],
             concurrency_id="model", concurrency_limit=1, trigger_mode="multiple", **_QUIET,
         )  # fmt: skip
         ran.failure(
@@ -171,14 +102,15 @@ class _Page:
         self.cancel.click(
             self._cancelled, None, [self.status, self.run, self.cancel], queue=False, **_QUIET
         )
-        self.keep.click(self._kept, None, self._all(), **_FREE)
-        self.discard.click(self._discarded, None, self._all(), **_FREE)
+        self.keep.click(self._kept, None, self.all(), **_FREE)
+        self.discard.click(self._discarded, None, self.all(), **_FREE)
         self.candidates.select(
             self._chosen, None, [self.viewer, self.changes, self.download, self.save], **_FREE
         )
-        self.undo.click(self._undone, None, self._all(), **_FREE)
-        self.redo.click(self._redone, None, self._all(), **_FREE)
-        self.history.select(self._gone, None, self._all(), **_FREE)
+        self.undo.click(self._undone, None, self.all(), **_FREE)
+        self.redo.click(self._redone, None, self.all(), **_FREE)
+        self.remove.click(self._removed, None, self.all(), **_FREE)
+        self.history.select(self._gone, None, self.all(), **_FREE)
         self.language.input(
             self._written, [self.language, self.canvas, self.composer],
             [self.code, self.composer, self.status],
@@ -186,16 +118,17 @@ class _Page:
         )  # fmt: skip
         self.load.upload(self._loaded, self.load, [self.composer, self.status], **_FREE)
 
-    def _all(self) -> list[Any]:
-        """What shows the desk."""
-        return [
-            self.canvas, self.composer, self.history, self.undo, self.redo, self.viewer,
-            self.candidates, self.keep, self.discard, self.changes, self.status, self.tabs,
-        ]  # fmt: skip
-
     def closed(self, request: gr.Request) -> None:
         """End what a closed tab asked for."""
         self.workspace.leave(_session(request))
+
+    def _arrived(self, composed: Composed, request: gr.Request) -> Updates:
+        """A page was opened, or loaded again: then all is as it was."""
+        session = _session(request)
+        if not self.workspace.back(session, composed.session):
+            return {self.composer: Tell(session=session)}
+        shown = self._show(self.workspace.desk(session), request)
+        return shown | {self.composer: replace(shown[self.composer], session=session)}
 
     def _desk(self, request: gr.Request) -> Desk:
         return self.workspace.desk(_session(request))
@@ -207,14 +140,14 @@ class _Page:
         return {
             self.run: gr.update(interactive=False),
             self.cancel: gr.update(interactive=True),
-            self.status: _status(say(_language(request), "waiting")),
+            self.status: status_line(say(_language(request), "waiting")),
         }
 
     def _turned_away(self, request: gr.Request) -> Updates:
         """The queue is full, or the connection broke: nothing waits any more."""
         self._desk(request).cancel()
         said = say(_language(request), "full")
-        return {**self._idle(), self.status: _status(said, alert=True)}
+        return {**self._idle(), self.status: status_line(said, alert=True)}
 
     def _idle(self) -> Updates:
         """Nothing runs or waits: one can press Run."""
@@ -236,16 +169,16 @@ class _Page:
         try:
             yield from self._run(desk, order, painted, composed, made, tongue)
             seconds = f"{time.monotonic() - began:.1f}"
-            said = _status(say(tongue, "done", seconds=seconds, memory=memory()))
+            said = status_line(say(tongue, "done", seconds=seconds, memory=memory()))
         except Cancelled:
-            said = _status(say(tongue, "cancelled"))
+            said = status_line(say(tongue, "cancelled"))
         except DiffeditError as error:
             refused = self._refused(composed, error, request)
             said = refused.pop(self.status)
             ended |= refused
         except Exception:
             log.exception("a run failed")
-            said = _status(say(tongue, "failed"), alert=True)
+            said = status_line(say(tongue, "failed"), alert=True)
         finally:
             desk.running = None
             if made:
@@ -261,7 +194,7 @@ class _Page:
         workflow = self._workflow(desk, painted, composed, source)
         models = self.workspace.models
         yield {
-            self.status: _status(
+            self.status: status_line(
                 say(tongue, "preparing")
                 if models.loaded == workflow.model
                 else say(tongue, "loading", model=workflow.model)
@@ -273,7 +206,7 @@ class _Page:
             self.discard: gr.update(interactive=False),
             self.changes: "",
         }
-        with models.editor(workflow.model) as editor:
+        with models.editor(workflow.model, workflow.passes) as editor:
             file = None if source is None else source.file
             for one in run(
                 editor,
@@ -282,7 +215,7 @@ class _Page:
                 order.cancel,
                 lambda result: made.extend(desk.made(result, source)),
             ):
-                update: Updates = {self.status: _status(progress(tongue, one), one)}
+                update: Updates = {self.status: status_line(progress(tongue, one), one)}
                 if one.preview is not None:
                     update[self.viewer] = Look(preview=one.preview)
                 yield update
@@ -297,8 +230,8 @@ class _Page:
     def _cancelled(self, request: gr.Request) -> Updates:
         tongue = _language(request)
         if self._desk(request).cancel():
-            return {self.status: _status(say(tongue, "cancelling"))}
-        return {**self._idle(), self.status: _status(say(tongue, "cancelled"))}
+            return {self.status: status_line(say(tongue, "cancelling"))}
+        return {**self._idle(), self.status: status_line(say(tongue, "cancelled"))}
 
     def _hint(self, painted: Painted, composed: Composed, request: gr.Request) -> Tell:
         uid = composed.asked or ""
@@ -365,7 +298,7 @@ class _Page:
         try:
             desk.accept(desk.chosen)
         except InputError as error:
-            return {self.status: _status(str(error), alert=True)}
+            return {self.status: status_line(str(error), alert=True)}
         return self._show(desk, request)
 
     def _discarded(self, request: gr.Request) -> Updates:
@@ -399,8 +332,17 @@ class _Page:
 
     def _gone(self, event: gr.SelectData, request: gr.Request) -> Updates:
         desk = self._desk(request)
-        if 0 <= int(event.index) < len(desk.history):
-            desk.history.go(int(event.index))
+        shown = list(desk.history)
+        if 0 <= int(event.index) < len(shown):
+            desk.history.go(shown[int(event.index)].id)
+        return self._show(desk, request)
+
+    def _removed(self, request: gr.Request) -> Updates:
+        desk = self._desk(request)
+        try:
+            desk.remove()
+        except InputError as error:
+            return {self.status: status_line(str(error), alert=True)}
         return self._show(desk, request)
 
     def _show(self, desk: Desk, request: gr.Request, said: str = "") -> Updates:
@@ -409,7 +351,7 @@ class _Page:
         shown = now and Shown(
             picture=now.shown, name=now.title, width=now.size[0], height=now.size[1],
             # What is made of a picture has its size: its masks stay good, back and forth.
-            revision=desk.number + history.path()[0].id,
+            revision=desk.number + now.origin,
         )  # fmt: skip
         made = self._results(desk, _language(request)) if desk.candidates else {}
         return {
@@ -417,8 +359,9 @@ class _Page:
             self.composer: Tell(pictures=[Past(one.id, one.title, one.shown) for one in history]),
             self.history: gr.update(
                 value=[(str(one.shown), one.title) for one in history],
-                selected_index=history.current,
+                selected_index=None if now is None else list(history).index(now),
             ),
+            self.remove: gr.update(interactive=now is not None),
             self.undo: gr.update(interactive=now is not None and now.parent is not None),
             self.redo: gr.update(interactive=history.can_redo),
             self.viewer: None,
@@ -426,10 +369,10 @@ class _Page:
             self.keep: gr.update(interactive=False),
             self.discard: gr.update(interactive=False),
             self.changes: "",
-            self.status: _status(said or say(_language(request), "ready")),
+            self.status: status_line(said or say(_language(request), "ready")),
             self.tabs: gr.update(selected="edit"),
             # What was made and is neither kept nor discarded stays where it is.
-            **{part: update for part, update in made.items() if part in self._all()},
+            **{part: update for part, update in made.items() if part in self.all()},
         }
 
     def _written(
@@ -454,7 +397,7 @@ class _Page:
     def _refused(self, composed: Composed, error: DiffeditError, request: gr.Request) -> Updates:
         fault = fault_of(composed.stack, error)
         said = say(_language(request), "wrong", why=fault.said)
-        return {self.status: _status(said, alert=True), self.composer: Tell(faults=[fault])}
+        return {self.status: status_line(said, alert=True), self.composer: Tell(faults=[fault])}
 
     def _loaded(self, file: str, request: gr.Request) -> Updates:
         desk, files = self._desk(request), dict[str, Path]()
@@ -468,7 +411,7 @@ class _Page:
 
             stack = Stack.of(workflow, keep)
         except InputError as error:
-            return {self.status: _status(str(error), alert=True)}
+            return {self.status: status_line(str(error), alert=True)}
         settings: dict[str, Any] = {"seed": workflow.seeds[0], "count": len(workflow.seeds)}
         tongue = _language(request)
         said = say(tongue, "loaded")
@@ -483,7 +426,7 @@ class _Page:
             settings |= dict(zip(("width", "height"), workflow.size, strict=True))
         return {
             self.composer: Tell(load=(stack, settings), files=files, faults=[]),
-            self.status: _status(said),
+            self.status: status_line(said),
         }
 
 
@@ -500,20 +443,12 @@ def _language(request: gr.Request) -> str:
     return language(request.headers.get("accept-language", ""))
 
 
-def _status(said: str, one: Progress | None = None, *, alert: bool = False) -> str:
-    bar = ""
-    if one is not None:
-        bar = f'<progress max="{one.steps}" value="{one.step}" aria-hidden="true"></progress>'
-    role = 'role="alert" class="fault"' if alert else 'role="status"'
-    return f"<p {role}>{html.escape(said)}</p>{bar}"
-
-
 def _counted(tongue: str, found: Changes | None) -> str:
     if found is None:
         return ""
     if not found.masked:
-        return _status(say(tongue, "changes_all", outside=found.outside))
+        return status_line(say(tongue, "changes_all", outside=found.outside))
     said = say(tongue, "changes", inside=found.inside, outside=found.outside)
     if found.outside:
         said += say(tongue, "changes_reach", reach=int(-(-found.reach // 1)))
-    return _status(said)
+    return status_line(said)

@@ -6,18 +6,22 @@ from collections.abc import Container
 
 from diffedit_demo.stack import EditItem, PassItem, Stack
 
-_WANTED: dict[str, tuple[EditItem, ...]] = {
-    "paint": (EditItem("inpaint", {"mask": "layer:A"}),),
-    "restyle": (EditItem("img2img", {"strength": 0.5}), EditItem("style")),
-    "vary": (EditItem("img2img", {"strength": 0.6}),),
-    "make": (),
+_PAINTED = EditItem("inpaint", {"mask": "layer:A"})
+
+_WANTED: dict[str, PassItem] = {
+    "paint": PassItem({}, (_PAINTED,)),
+    # Without a prompt what lies around the mask is carried on, and nothing has to be guided.
+    "remove": PassItem({"prompt": "", "guidance": 1.0}, (_PAINTED,)),
+    "restyle": PassItem({}, (EditItem("img2img", {"strength": 0.5}), EditItem("style"))),
+    "vary": PassItem({}, (EditItem("img2img", {"strength": 0.6}),)),
+    "make": PassItem(),
 }
 
 
 def presets(edits: Container[str]) -> dict[str, Stack]:
     """Stacks by the key of their text."""
     return {
-        key: Stack((PassItem({"prompt": ""}, wanted),))
+        key: Stack((wanted,))
         for key, wanted in _WANTED.items()
-        if all(one.name in edits for one in wanted)
+        if all(one.name in edits for one in wanted.edits)
     }

@@ -278,6 +278,22 @@ class Sessions:
             if session is not None:
                 session._close()
 
+    def move(self, old: str, new: str) -> bool:
+        """Go on with an owner's old session under a new hash, in place of what it had there.
+
+        Returns:
+            Whether there was one, and both are the same owner's.
+        """
+        with self.lock:
+            kept, made = self._by_hash.get(old), self._by_hash.get(new)
+            if kept is None or made is None or kept is made or not kept.owner:
+                return False
+            if kept.owner != made.owner:
+                return False
+            made._close()
+            self._by_hash[new] = self._by_hash.pop(old)
+            return True
+
     def sweep(self, now: float | None = None) -> list[str]:
         """Close the sessions that were not used for `keep_seconds`.
 

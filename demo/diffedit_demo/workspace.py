@@ -72,7 +72,26 @@ class Workspace:
         with self._lock:
             desk = self._desks.get(session)
         if desk is not None:
+            desk.left = True
             desk.cancel()
+
+    def back(self, session: str, before: str) -> bool:
+        """A tab was loaded again: give it the desk that it left.
+
+        Args:
+            before: its session before; the browser says so, and it has to be its own.
+
+        Returns:
+            Whether it has it now.
+        """
+        with self._lock:
+            desk = self._desks.get(before)
+            if desk is None or not desk.left or not self.sessions.move(before, session):
+                return False
+            del self._desks[before]
+            self._desks[session] = desk
+            desk.left = False
+            return True
 
     # --- forms ------------------------------------------------------------------------------------
 
@@ -96,11 +115,16 @@ class Workspace:
                 name: {
                     "help": str(self.schemas[name].get("description", "")).partition("\n")[0],
                     "fields": [one.to_page() for one in self.form(name)],
+                    "advanced": bool(self.schemas[name].get("advanced")),
                 }
                 for name in sorted(self.plugins.edits)
             },
             "pass": [
-                one.to_page() for one in pass_fields(Pass.model_json_schema(), sorted(SCHEDULERS))
+                one.to_page()
+                for one in pass_fields(
+                    Pass.model_json_schema(),
+                    {"schedulers": sorted(SCHEDULERS), "models": self.models.sources},
+                )
             ],
             "settings": [
                 one.to_page() | {"default": default.get(one.name, one.default)} for one in settings

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 _COMMANDS = {
     "edit": "diffedit.cli.edit:edit",
     "models": "diffedit.cli.models:models",
+    "schedulers": "diffedit.cli.schedulers:schedulers",
     "plugins": "diffedit.cli.plugins:plugins",
     "run": "diffedit.cli.edit:run",
     "train": "diffedit.cli.train:train",

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffedit.errors import ImageError, InputError, OutputError, SchedulerError
+from diffedit.errors import ImageError, InputError, OutputError, SchedulerError, lacking
 
 if TYPE_CHECKING:
     from diffedit.images import Picture
@@ -108,6 +108,32 @@ def check_workflow(workflow: Workflow, picture: Picture | None) -> None:
             except SchedulerError as error:
                 place = f"passes.{number}: " if len(workflow.passes) > 1 else ""
                 raise SchedulerError(f"{place}{error}") from None
+
+
+def check_model(workflow: Workflow) -> None:
+    """Refuse edits and prompts that a model's family cannot carry, before its weights are read.
+
+    Raises:
+        ModelError: there is no such model, or it is of an unknown family.
+        CapabilityError: names the edit, or the prompt.
+    """
+    from diffedit import plugins, prompts
+    from diffedit.models.loading import recognised
+    from diffedit.models.protocol import FAMILY_WIDE
+
+    for one in workflow.passes:
+        family = recognised(one.model or workflow.model, plugins.default().families)
+        has = getattr(family, "carries", None)
+        if has is None:
+            continue
+        sometimes = getattr(family, "sometimes", None)
+        if sometimes is not None:
+            for where, prompt in (("prompt", one.prompt or ""), ("negative", one.negative)):
+                prompts.check(where, prompt, has | sometimes, f"the family {family.name}")
+        for edit in one.edits:
+            known = edit.needs & FAMILY_WIDE if sometimes is None else edit.needs - sometimes
+            if missing := known - has:
+                raise lacking(edit.id or edit.name, missing, has, f"the family {family.name}")
 
 
 def _check_region(edit: object, picture: Picture) -> None:

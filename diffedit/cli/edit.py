@@ -41,9 +41,15 @@ def shared_options(command: Command) -> Command:
             ),
             click.option(
                 "--dtype",
-                type=click.Choice(["float32", "bfloat16", "float16"]),
+                type=click.Choice(["float32", "bfloat16", "float16", "float8"]),
                 help="Precision; the lower ones are faster where the device computes in them, and"
-                " change the picture a little. [default: float32 on the CPU, else float16]",
+                " change the picture a little; float8 saves memory only. [default: float32 on the"
+                " CPU, else float16]",
+            ),
+            click.option(
+                "--vae",
+                help="Another autoencoder than the model's own: a folder, a .safetensors file or a"
+                " hub id.",
             ),
             click.option("--json", "as_json", is_flag=True, help="Print a report as JSON."),
             verbose_option,
@@ -75,11 +81,20 @@ def shared_options(command: Command) -> Command:
     "--guidance", help="Guidance scale; 1 or less leaves the negative prompt out. [default: 5]"
 )
 @click.option("--rescale", help="Guidance rescale, from 0 to 1. [default: 0]")
+@click.option(
+    "--true-guidance",
+    help="Guidance away from --negative, for models such as Flux. [default: none]",
+)
 @click.option("--scheduler", help="Sampler, such as dpmpp_2m. [default: the model's own]")
+@click.option("--eta", help="Share of noise that ddim or tcd draws at each step, from 0 to 1.")
 @click.option(
     "--seed", multiple=True, help="Seed; repeat it for several pictures at once. [default: 0]"
 )
 @click.option("--model", help="'tiny', a folder, a .safetensors file or a hub id. [default: tiny]")
+@click.option(
+    "--config",
+    help="For a single file: the folder or hub id of a model that has what the file lacks.",
+)
 @click.option("--size", metavar="WxH", help="Size of a picture made from nothing (without IMAGE).")
 @shared_options
 def edit(
@@ -90,6 +105,8 @@ def edit(
     device: str | None,
     dtype: str | None,
     as_json: bool,
+    vae: str | None,
+    config: str | None,
     **said: Any,
 ) -> None:
     """Edit IMAGE in one pass and write OUT. Without IMAGE, make a picture from nothing.
@@ -100,7 +117,7 @@ def edit(
     if said["prompt"] is None and not edits:
         raise InputError("nothing to do: give --prompt, --edit or both")
     workflow = workflow_of(edits, **said)
-    _do(workflow, image, output, overwrite, device, dtype, as_json)
+    _do(workflow, image, output, overwrite, device, dtype, as_json, config=config, vae=vae)
 
 
 @click.command(short_help="Run a workflow file on an image.")
@@ -125,6 +142,7 @@ def run(
     device: str | None,
     dtype: str | None,
     as_json: bool,
+    vae: str | None,
 ) -> None:
     """Run the passes of WORKFLOW (YAML) on IMAGE and write OUT.
 
@@ -134,7 +152,7 @@ def run(
     from diffedit.workflow import Workflow
 
     loaded = Workflow.load(workflow, overrides=overrides)
-    _do(loaded, image, output, overwrite, device, dtype, as_json, inputs=[workflow])
+    _do(loaded, image, output, overwrite, device, dtype, as_json, inputs=[workflow], vae=vae)
 
 
 def workflow_of(
@@ -222,9 +240,17 @@ def _do(
     dtype: str | None,
     as_json: bool,
     inputs: Sequence[Path] = (),
+    config: str | None = None,
+    vae: str | None = None,
 ) -> None:
     """Check, load, run, save, report."""
-    from diffedit.cli.checks import check_format, check_output, check_workflow, open_image
+    from diffedit.cli.checks import (
+        check_format,
+        check_model,
+        check_output,
+        check_workflow,
+        open_image,
+    )
 
     given = [*inputs, *workflow.files(), *([image] if image else [])]
     check_output(output, workflow.seeds, given, overwrite)
@@ -244,8 +270,10 @@ def _do(
     with contextlib.redirect_stdout(sys.stderr):
         from diffedit.editor import Editor
 
+        check_model(workflow)
+
         quiet_libraries()
-        editor = Editor.load(workflow.model, device=device, dtype=dtype)
+        editor = Editor.load(workflow.model, device=device, dtype=dtype, config=config, vae=vae)
         with editor.stream(image, workflow) as events, Progress() as progress:
             for step in events:
                 progress(step)

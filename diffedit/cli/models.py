@@ -30,8 +30,14 @@ def list_(as_json: bool) -> None:
 
     loaded = plugins.default()
     there = any(EMBEDDED.glob("unet/*.safetensors"))
-    families = [
-        {"name": name, "plugin": loaded.owner("family", name)} for name in sorted(loaded.families)
+    families: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "plugin": loaded.owner("family", name),
+            "carries": sorted(getattr(family, "carries", ())),
+            "sometimes": sorted(getattr(family, "sometimes", ())),
+        }
+        for name, family in sorted(loaded.families.items())
     ]
     if as_json:
         found = {"name": TINY, "path": str(EMBEDDED), "weights": there}
@@ -39,7 +45,17 @@ def list_(as_json: bool) -> None:
         return
     echo_table(("model", "weights", "path"), [(TINY, "yes" if there else "missing", str(EMBEDDED))])
     click.echo()
-    echo_table(("family", "plugin"), [(one["name"], one["plugin"]) for one in families])
+    echo_table(
+        ("family", "plugin", "carries besides img2img and inpaint", "some of its models"),
+        [
+            (
+                one["name"],
+                one["plugin"],
+                *(", ".join(one[k]) or "-" for k in ("carries", "sometimes")),
+            )
+            for one in families
+        ],
+    )
     click.echo(
         "\nOf these families, --model takes a diffusers folder, .safetensors file or hub id."
     )
@@ -51,11 +67,21 @@ def list_(as_json: bool) -> None:
 @verbose_option
 def info(model: str, as_json: bool) -> None:
     """Say what is known of MODEL (default: the embedded one) from its files, without loading it."""
+    from diffedit import plugins
     from diffedit.cli.tables import echo_json, echo_tree
-    from diffedit.models.loading import EMBEDDED, TINY, inspect
+    from diffedit.errors import ModelError
+    from diffedit.models.loading import EMBEDDED, TINY, inspect, recognised
 
-    found: dict[str, Any] = inspect(model)
-    folder = EMBEDDED if model == TINY else Path(model).expanduser()
+    told = inspect(model)
+    try:
+        family = recognised(model, plugins.default().families)
+    except ModelError:  # of no family that is known; what it is can be told all the same
+        found: dict[str, Any] = {"family": None, **told}
+    else:
+        said = {name: sorted(getattr(family, name, ())) for name in ("carries", "sometimes")}
+        found = {"family": family.name, **told, "carries": said["carries"]}
+        found["some of its models"] = said["sometimes"]
+    folder = EMBEDDED if model == TINY else Path(told.get("folder", model)).expanduser()
     if folder.is_dir():
         found["parameters"] = {
             part.name: count for part in sorted(folder.iterdir()) if (count := _weights(part))

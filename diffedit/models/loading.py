@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffedit.errors import ModelError, UnsafeWeights, nearest
+from diffedit.errors import ModelError, nearest
+from diffedit.models import devices, hub, parts, single_file
+from diffedit.models.files import first_line, header, is_pickle, read_json, refuse_pickles, unsafe
 
 if TYPE_CHECKING:
     import torch
 
     from diffedit.models.protocol import LatentModel, ModelFamily
 
+log = logging.getLogger(__name__)
+
 #: The model that comes with diffedit, in the ordinary diffusers folder layout.
 EMBEDDED = Path(__file__).parent / "embedded"
 #: What a workflow calls it.
 TINY = "tiny"
-
-_PICKLES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
-_DTYPES = {"float32": "float32", "fp32": "float32", "float16": "float16", "fp16": "float16",
-           "bfloat16": "bfloat16", "bf16": "bfloat16"}  # fmt: skip
 
 
 def load(
@@ -33,87 +33,160 @@ def load(
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    compiled: bool | str = False,
+    config: str | os.PathLike[str] | None = None,
+    vae: str | os.PathLike[str] | None = None,
 ) -> LatentModel:
     """Load a model.
 
     Args:
-        source: "tiny" (embedded), a diffusers folder, a ``.safetensors`` file, or a hub id.
+        source: "tiny" (embedded), a diffusers folder, a ``.safetensors`` file, or a hub id, which
+            may say a revision: ``owner/name@revision``.
         families: what can be loaded, by name.
         device: "cpu", "cuda", "mps"; None: the first accelerator there is, else the CPU.
-        dtype: "float32", "float16", "bfloat16"; None: float32 on the CPU, float16 on an
-            accelerator. The lower ones change the picture a little, and are faster where the
-            device computes in them.
-        revision: a hub revision.
-        variant: a weight variant such as "fp16".
+        dtype: "float32", "float16", "bfloat16"; None: float32 on the CPU, on an accelerator the
+            16-bit type that the family was trained in. The lower ones change the picture a little,
+            and are faster where the device computes in them. "float8": the denoiser's weights are
+            held in 8 bits, and computed with in the type that None gives.
+        revision: a hub revision: a branch, a tag or a commit.
+        variant: a weight variant such as "fp16", where there is one.
+        compiled: have torch compile the denoiser at its first step, which takes a minute or more
+            and makes each later one faster; a mode of `torch.compile`, such as "reduce-overhead",
+            or True for its default one. Values change in their last bits. Passes whose edits act
+            on attention run as written.
+        config: for a single file: the folder or hub id of a model that has what the file lacks:
+            configurations, and maybe an autoencoder and text encoders. None: configurations are
+            asked of the hub.
+        vae: another autoencoder than the model's own: its folder, a ``.safetensors`` file or a hub
+            id. Its latents must be those of the model's.
 
     Raises:
         UnsafeWeights: the weights are pickled.
+        ModelError: nothing is there, or no family recognises it, or it cannot be compiled so.
+    """
+    where = _resolved(source)
+    repository = _repository(where, revision)
+    more: dict[str, Any] = {} if config is None else {"config": _resolved(config)}
+    if more and not Path(where).is_file():
+        raise ModelError(f"{source}: is no single file, so it brings its own configuration")
+    family = _family(source, _configuration(where, repository, **more), families)
+    on = devices.chosen(device)
+    if dtype in devices.NARROW:
+        more["storage"], dtype = devices.NARROW[dtype], None
+    kind = devices.named(dtype) or devices.usual(family, on)
+    if repository is not None:
+        where = str(repository.model(variant))
+    _mention_code(source, where, repository)
+    if vae is not None:
+        from diffedit.models.autoencoder import load_autoencoder
+
+        more["vae"] = load_autoencoder(str(vae), where, more.get("config"), kind)
+    model = family.load(where, device=on, dtype=kind, revision=revision, variant=variant, **more)
+    if vae is not None:
+        if not hasattr(model, "replaced"):
+            raise ModelError(f"{source}: models of its family take no other autoencoder")
+        model.replaced = {"vae": str(vae)}
+    if compiled:
+        if not hasattr(model, "compile"):
+            raise ModelError(f"{source}: models of its family cannot be compiled")
+        model.compile("default" if compiled is True else compiled)
+    return model
+
+
+def recognised(
+    source: str | os.PathLike[str], families: Mapping[str, ModelFamily], revision: str | None = None
+) -> ModelFamily:
+    """The family of a model, from its configuration alone.
+
+    Raises:
         ModelError: nothing is there, or no family recognises it.
     """
-    import torch
+    return _family(source, configuration(_resolved(source), revision), families)
 
-    where = _resolved(source)
-    config = configuration(where, revision)
+
+def _family(
+    source: str | os.PathLike[str], config: Mapping[str, Any], families: Mapping[str, ModelFamily]
+) -> ModelFamily:
     family = next((f for f in families.values() if f.recognises(config)), None)
     if family is None:
         raise ModelError(
             f"{source}: {config.get('_class_name', 'this checkpoint')} is of no family that"
             f" diffedit knows (it knows: {', '.join(sorted(families))})"
         )
-    on = _device(device)
-    kind = _dtype(dtype) or (torch.float32 if on.type == "cpu" else torch.float16)
-    return family.load(where, device=on, dtype=kind, revision=revision, variant=variant)
+    return family
 
 
-def configuration(source: str, revision: str | None = None) -> Mapping[str, Any]:
+def configuration(
+    source: str, revision: str | None = None, config: str | None = None
+) -> Mapping[str, Any]:
     """What decides the family: a model_index.json, or the keys of a single file.
+
+    Args:
+        config: of a single file; see `load`.
 
     Raises:
         ModelError: nothing is there, or it is not a model.
     """
+    return _configuration(source, _repository(source, revision), config)
+
+
+def _repository(source: str, revision: str | None, part: bool = False) -> hub.Repository | None:
+    """What the hub has of that name; None: it is a folder or a file here."""
     path = Path(source)
-    _check_file(path)
-    if path.is_file():
-        return _single_file(path)
-    if path.is_dir():
-        _refuse_pickles(path)
-        index = path / "model_index.json"
-        if not index.exists():
-            raise ModelError(f"{path}: no model_index.json, so it is not a diffusers model folder")
-        return _json(index)
-    if not _could_be_on_the_hub(source):
+    check_file(path)
+    if path.exists():
+        return None
+    if not hub.could_be(source):
         hint = nearest(source, [TINY]) if "/" not in source else ""
         raise ModelError(f"{source}: no such model folder or file{hint}")
-    return _from_hub(source, revision)
+    return hub.find(source, revision, part=part)
 
 
-def _from_hub(source: str, revision: str | None) -> Mapping[str, Any]:
-    from diffusers import DiffusionPipeline
+def _configuration(
+    source: str, repository: hub.Repository | None, config: str | None = None
+) -> Mapping[str, Any]:
+    path = Path(source)
+    if path.is_file():
+        rest = None
+        if config is not None:
+            rest = _configuration(_resolved(config), _repository(_resolved(config), None, True))
+        return {"_class_name": single_file.pipeline_class(path, rest)}
+    if repository is not None:
+        index = repository.read("model_index.json")
+    else:
+        if not (path / "model_index.json").exists():
+            refuse_pickles(path)
+            raise ModelError(f"{path}: no model_index.json, so it is not a diffusers model folder")
+        index = read_json(path / "model_index.json")
+        if not parts.named(index):
+            refuse_pickles(path)
+        for name in parts.named(index):  # what else lies there is not looked at
+            if (path / name).is_dir():
+                refuse_pickles(path / name)
+    named = index.get("_class_name")
+    # With the name of a module beside it, which is not run.
+    return {**index, "_class_name": named[-1]} if isinstance(named, list) and named else index
 
-    try:
-        found: Mapping[str, Any] = DiffusionPipeline.load_config(source, revision=revision)
-    except Exception as error:
-        raise ModelError(
-            f"{source}: no such folder here, and the hub could not be asked for it"
-            f" ({_first_line(error)})"
-        ) from error
-    return found
+
+def _mention_code(
+    source: str | os.PathLike[str], folder: str, repository: hub.Repository | None
+) -> None:
+    """Say once that programs, which a model brings, are left alone."""
+    found = sorted({*parts.own_code(Path(folder)), *(repository.code() if repository else ())})
+    if found:
+        log.warning(
+            "%s: brings code of its own (%s), which diffedit does not run", source, ", ".join(found)
+        )
 
 
-def _single_file(path: Path) -> Mapping[str, Any]:
-    from safetensors import SafetensorError, safe_open
+def class_name(source: str, options: Mapping[str, Any]) -> str:
+    """The pipeline of diffusers that a model was saved with, which may say what it can do.
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = set(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{path}: not a readable .safetensors file ({_first_line(error)})"
-        ) from error
-    if "model.diffusion_model.input_blocks.0.0.weight" not in keys:
-        raise ModelError(f"{path}: not a Stable-Diffusion checkpoint in the original layout")
-    large = any(key.startswith("conditioner.embedders.") for key in keys)
-    return {"_class_name": "StableDiffusionXLPipeline" if large else "StableDiffusionPipeline"}
+    Args:
+        options: as a family is loaded with them; ``revision`` and ``config`` are looked at.
+    """
+    said = configuration(source, options.get("revision"), options.get("config"))
+    return str(said.get("_class_name"))
 
 
 def components(cls: Any, source: str, **options: Any) -> Any:
@@ -122,46 +195,97 @@ def components(cls: Any, source: str, **options: Any) -> Any:
     Args:
         cls: the pipeline class whose components are wanted.
         source: a folder, hub id or single file.
-        options: ``device``, ``dtype``, ``revision``, ``variant``.
+        options: ``device``, ``dtype``, ``revision``, ``variant``, and components that are given
+            instead of loaded.
     """
-    device, dtype = options["device"], options["dtype"]
-    if Path(source).is_file():
-        load = cls.from_single_file
-        said: dict[str, Any] = {}
-    else:
-        load = cls.from_pretrained
-        said = {"variant": options["variant"], "use_safetensors": True}
+    device, dtype, variant = (options.pop(name) for name in ("device", "dtype", "variant"))
+    revision = options.pop("revision", None)
+    config, storage = options.pop("config", None), options.pop("storage", None)
+    repository = _repository(source, revision)
+    path = Path(source) if repository is None else repository.model(variant)
     try:
-        pipe = load(
-            source,
-            dtype=dtype,
-            revision=options["revision"],
-            safety_checker=None,
-            requires_safety_checker=False,
-            **said,
-        )
+        if path.is_file():
+            pipe = single_file.load(cls, path, config, _place, dtype, **options)
+        else:
+            unused = parts.UNUSED & read_json(path / "model_index.json").keys()
+            options = dict.fromkeys(unused) | options
+            made = parts.check_folder(path, cls, variant, set(options), dtype)
+            options |= parts.encoders(path, cls, variant, options, dtype)
+            options |= {name: parts.filled(one) for name, one in made.items()}
+            said = {"variant": variant, "use_safetensors": True}
+            pipe = cls.from_pretrained(path, dtype=dtype, **options, **said)
+        if storage is not None:
+            from diffedit.models.precision import narrow
+
+            narrow(getattr(pipe, "unet", None) or pipe.transformer, storage)
         return pipe.to(device)
+    except ModelError:
+        raise
     except Exception as error:
-        raise ModelError(f"{source}: cannot be loaded ({_first_line(error)})") from error
+        raise ModelError(f"{source}: cannot be loaded ({first_line(error)})") from error
+
+
+def _place(source: str, weights: frozenset[str]) -> Path:
+    """The folder of a model, with the weights of some of its parts."""
+    repository = _repository(source, None, part=True)
+    return Path(source) if repository is None else repository.model(weights=weights)
+
+
+def resting(pipe: Any) -> Any:
+    """Its networks, as sampling wants them: in evaluation mode, and without gradients."""
+    import torch
+
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval().requires_grad_(False)
+    return pipe
+
+
+def network_class(source: str) -> str | None:
+    """The class of one component in a folder or on the hub, if its configuration names one.
+
+    Raises:
+        ModelError: there is no such folder, or none with a configuration.
+    """
+    source = _resolved(source)
+    path = Path(source)
+    if path.is_file():
+        return None
+    if path.is_dir():
+        named = read_json(path / "config.json").get("_class_name")
+    elif not hub.could_be(source):
+        raise ModelError(f"{source}: no such folder or file")
+    else:
+        named = hub.find(source).read("config.json").get("_class_name")
+    return None if named is None else str(named)
 
 
 def pretrained(cls: Any, source: str, **options: Any) -> Any:
     """One component, such as a control network, from a folder, a hub id or a single file."""
     source = _resolved(source)
     path = Path(source)
-    _check_file(path)
+    check_file(path)
+    wanted = "the loaded model's family takes"
     try:
         if path.is_file():
+            header(path)
             return cls.from_single_file(source, **options)
         if path.is_dir():
-            _refuse_pickles(path)
-        elif not _could_be_on_the_hub(source):
+            refuse_pickles(path)
+        elif not hub.could_be(source):
             raise ModelError(f"{source}: no such folder or file")
-        return cls.from_pretrained(source, use_safetensors=True, **options)
+        else:
+            repository = hub.find(source)
+            parts.check_class(repository.fetch(["config.json"]), cls, wanted)
+            path = repository.network()
+        parts.check_class(path, cls, wanted)
+        dtype = options.pop("dtype", None)
+        made = parts.check_part(path, cls, dtype=dtype)
+        return parts.read(path, cls, dtype) if made is None else parts.filled(made)
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"{source}: cannot be loaded ({_first_line(error)})") from error
+        raise ModelError(f"{source}: cannot be loaded ({first_line(error)})") from error
 
 
 def sizes(source: str) -> tuple[int, int, int] | None:
@@ -176,7 +300,7 @@ def sizes(source: str) -> tuple[int, int, int] | None:
     path = Path(source) / "diffedit.json"
     if not path.is_file():
         return None
-    said = _json(path)
+    said = read_json(path)
     try:
         (smallest, largest), whole = said["sides"], said["whole"]
         found = int(smallest), int(largest), int(whole)
@@ -202,28 +326,39 @@ def own_control(source: str, kind: str | None = None) -> Path | None:
     if not (own / "config.json").is_file():
         return None
     about = own / "diffedit.json"
-    its = _json(about).get("kind") if about.is_file() else None
+    its = read_json(about).get("kind") if about.is_file() else None
     # An image that is a hint already ("none") may be one of any kind.
     fits = its is None or kind in (None, "none", its) or str(kind).partition("_")[0] == its
     return own if fits else None
 
 
-def inspect(source: str | os.PathLike[str]) -> dict[str, Any]:
+def inspect(source: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any]:
     """What a model says of itself, from its configuration files alone."""
-    where = Path(_resolved(source))
-    found: dict[str, Any] = {
-        "source": str(source),
-        "class": configuration(str(where)).get("_class_name"),
-    }
+    named = _resolved(source)
+    repository = _repository(named, revision)
+    config = _configuration(named, repository)
+    found: dict[str, Any] = {"source": str(source), "class": config.get("_class_name")}
+    where = Path(named)
+    if repository is not None:
+        found["commit"] = repository.commit
+        where = repository.settings()
+        found["folder"] = str(where)
     if not where.is_dir():
         return found
     for part in sorted(where.glob("*/*config.json")):
-        settings = _json(part)
+        settings = read_json(part)
         keep = {k: v for k, v in settings.items() if isinstance(v, str | int | float | bool)}
         found[part.parent.name] = {k: v for k, v in keep.items() if not k.startswith("_")}
-    weights = list(where.rglob("*.safetensors"))
-    found["bytes"] = sum(file.stat().st_size for file in weights)
-    found["files"] = sorted(str(file.relative_to(where)) for file in weights)
+    if repository is not None and repository.files is not None:
+        files = {path: file.size for path, file in repository.files.items()}
+        weights = {path: size for path, size in files.items() if path.endswith(".safetensors")}
+    else:
+        weights = {
+            str(file.relative_to(where)): file.stat().st_size
+            for file in where.rglob("*.safetensors")
+        }
+    found["bytes"] = sum(weights.values())
+    found["files"] = sorted(weights)
     return found
 
 
@@ -232,73 +367,9 @@ def _resolved(source: str | os.PathLike[str]) -> str:
     return str(EMBEDDED) if str(source) == TINY else os.path.expanduser(os.fspath(source))  # noqa: PTH111 - a hub id is no path
 
 
-def _could_be_on_the_hub(source: str) -> bool:
-    return source.count("/") == 1 and not source.startswith((".", "/"))
-
-
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
     """Refuse files that are no .safetensors, pickles with the reason."""
-    if path.suffix.lower() in _PICKLES:
-        raise _unsafe(path)
+    if is_pickle(path.name):
+        raise unsafe(path)
     if path.is_file() and path.suffix.lower() != ".safetensors":
         raise ModelError(f"{path}: not a model; give a diffusers folder or a .safetensors file")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{path}: not valid JSON ({_first_line(error)})") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{path}: not a model's configuration, which is an object in braces")
-    return found
-
-
-def _refuse_pickles(folder: Path) -> None:
-    """Refuse a folder (or a part of one) whose only weights are pickles."""
-    for part in (folder, *(child for child in folder.iterdir() if child.is_dir())):
-        files = list(part.iterdir())
-        pickles = [
-            f for f in files if f.suffix.lower() in _PICKLES and f.name != "training_args.bin"
-        ]
-        if pickles and not any(f.suffix == ".safetensors" for f in files):
-            raise _unsafe(pickles[0])
-
-
-def _unsafe(path: Path) -> UnsafeWeights:
-    return UnsafeWeights(
-        f"{path}: a pickle ({path.suffix}) can run any code when it is loaded, so diffedit does not"
-        " open it; convert it to .safetensors"
-    )
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    import torch
-
-    if device is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-        torch.empty(1, device=found)
-    except Exception as error:
-        raise ModelError(
-            f"device {str(device)!r} cannot be used here ({_first_line(error)})"
-        ) from error
-    return found
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    import torch
-
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in _DTYPES:
-        raise ModelError(f"unknown dtype {dtype!r}{nearest(dtype, _DTYPES)}")
-    return getattr(torch, _DTYPES[dtype])  # type: ignore[no-any-return]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -5,219 +5,154 @@ A diffusers pipeline serves as a bundle of components and loaders; it is never c
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, cast
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from diffusers import ControlNetModel, StableDiffusionPipeline
+from diffusers import ControlNetModel, StableDiffusionPipeline, T2IAdapter
 from torch import Tensor
 
-from diffedit.attention import Transform, attending
-from diffedit.errors import CapabilityError, ModelError
+from diffedit.attention import Addition
+from diffedit.images import Picture
 from diffedit.models import loading
+from diffedit.models.clip import RAGGED, Clip, read
+from diffedit.models.control import InMode
+from diffedit.models.ip_adapter import IPAdapter, load_ip_adapter
+from diffedit.models.pipeline import HINTS, PipelineModel
 from diffedit.models.protocol import Conditioning, ModelInput, Residuals
-from diffedit.rows import RowMap
-from diffedit.schedulers import Schedule, build
-
-#: Working regions go up to this many times the size the model was trained at.
-LARGEST = 2
+from diffedit.models.textual_inversion import Word, load_word, teach
+from diffedit.models.unet_controls import check_adapter, features, residuals
+from diffedit.prompts import Prompt, parse
 
 
-class StableDiffusion:
-    """The `LatentModel` of the Stable-Diffusion UNet family (epsilon and v-prediction).
+class StableDiffusion(PipelineModel):
+    """The `LatentModel` of the Stable-Diffusion UNet family (epsilon and v-prediction)."""
 
-    Args:
-        pipe: the components.
-        source: where they came from, for messages and provenance.
-        sizes: the smallest and largest side of a region and the largest of a whole picture, in
-            pixels; None: once and twice the size that the UNet's configuration names, and twice.
-    """
+    family: ClassVar[str] = "stable-diffusion"
+    carries: ClassVar[frozenset[str]] = frozenset(
+        {
+            "control",
+            "image_prompt",
+            "lora",
+            "prompt_weights",
+            "shared_attention",
+            "textual_inversion",
+        }
+    )
+    sometimes: ClassVar[frozenset[str]] = frozenset(
+        {"embedded_guidance", "instructions", "mask_channels"}
+    )
+    networks: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder")
+    control_nets: ClassVar[tuple[type, ...]] = (ControlNetModel, T2IAdapter)
+    kinship: ClassVar[tuple[str, ...]] = ("cross_attention_dim", "block_out_channels")
 
-    def __init__(
-        self,
-        pipe: StableDiffusionPipeline,
-        source: str = "in memory",
-        sizes: tuple[int, int, int] | None = None,
-    ) -> None:
-        self.pipe: Any = pipe
-        self.source = source
-        self.unet: Any = pipe.unet
-        self.vae: Any = pipe.vae
-        self.grid: int = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.channels: int = self.vae.config.latent_channels
-        cells = self.unet.config.sample_size
-        native = (min(cells) if isinstance(cells, list | tuple) else int(cells or 64)) * self.grid
-        smallest, largest, whole = sizes or (native, LARGEST * native, LARGEST * native)
-        self.sides, self.whole = (smallest, largest), whole
-        inputs = self.unet.config.in_channels
-        if inputs not in (self.channels, 2 * self.channels + 1):
-            raise ModelError(
-                f"{source}: a UNet of {inputs} input channels is not supported;"
-                f" {self.channels} and {2 * self.channels + 1} (inpainting) are"
-            )
-        found = {"control", "shared_attention"}
-        self.roles: Mapping[str, int] = {}
-        if inputs != self.channels:
-            found.add("mask_channels")
-            self.roles = {"mask": 1, "masked": self.channels}
+    def _ready(self) -> None:
+        super()._ready()
+        self.unet: Any = self.denoiser
+        self._felt: list[tuple[Any, ...]] = []
         if self.unet.config.time_cond_proj_dim is not None:
-            found.add("embedded_guidance")
-        self.capabilities = frozenset(found)
-        self._counts = {
-            name: sum(weight.numel() for weight in part.parameters())
-            for name, part in zip(("unet", "vae", "text_encoder"), self.parts(), strict=True)
-        }
-        self._rows = RowMap(())
-        self._look: tuple[Tensor, Tensor] | None = None
+            self.capabilities |= {"embedded_guidance"}
 
-    @property
-    def device(self) -> torch.device:
-        """Where the denoiser's weights are."""
-        # diffusers' own property walks through all modules each time.
-        return cast(torch.device, next(self.unet.parameters()).device)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the denoiser's weights."""
-        return cast(torch.dtype, next(self.unet.parameters()).dtype)
-
-    @property
-    def info(self) -> Mapping[str, Any]:
-        """What to tell people about this model."""
-        return {
-            "source": self.source,
-            "family": Family.name,
-            "parameters": self._counts,
-            "native_side": self.sides[0],
-            "largest_side": self.sides[1],
-            "largest_whole_picture": self.whole,
-            "prediction": self.pipe.scheduler.config.get("prediction_type", "epsilon"),
-            "scheduler": type(self.pipe.scheduler).__name__,
-            "capabilities": sorted(self.capabilities),
-            "device": str(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
-        }
-
-    def parts(self) -> Sequence[torch.nn.Module]:
-        """The modules whose state a pass must leave as it found it."""
-        return [self.unet, self.vae, self.pipe.text_encoder]
-
-    def embed(self, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
+    def embed(
+        self,
+        prompts: Sequence[str],
+        size: tuple[int, int],
+        *,
+        negative: bool = False,
+        pictures: Sequence[Tensor] = (),
+    ) -> Conditioning:
         """Embed prompts with the text encoder: ``text`` is ``(prompts, tokens, d)``."""
-        rows = [self.pipe.encode_prompt(text, self.device, 1, False)[0] for text in prompts]
-        return Conditioning({"text": torch.cat(rows)})
+        made = [{"text": self._read(parse(text))[0]} for text in prompts]
+        return Conditioning.stack([Conditioning(one, RAGGED, self._filler()) for one in made])
 
-    @property
-    def _vae_dtype(self) -> torch.dtype:
-        return cast(torch.dtype, next(self.vae.parameters()).dtype)
+    def _read(self, prompt: Prompt) -> tuple[Tensor, ...]:
+        """What the text encoders make of a prompt; diffusers' own way, where that can read it."""
+        return read(self._clips(), prompt) or self._plain(prompt.text)
 
-    def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Encode ``(b, 3, h, w)`` in [0, 1]: the posterior's mean, or a sample with a generator."""
-        posterior = self.vae.encode(
-            (2.0 * pixels - 1.0).to(self.device, self._vae_dtype)
-        ).latent_dist
-        latents = posterior.mode() if generator is None else posterior.sample(generator)
-        return cast(Tensor, self.vae.config.scaling_factor * latents)
+    def _plain(self, text: str) -> tuple[Tensor, ...]:
+        """What they make of a plain text; the rest of a long one is left out."""
+        return (self.pipe.encode_prompt(text, self.device, 1, False)[0],)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents to ``(b, 3, h, w)`` in [0, 1], float32."""
-        scaled = (latents / self.vae.config.scaling_factor).to(self._vae_dtype)
-        pixels = self.vae.decode(scaled, return_dict=False)[0]
-        return cast(Tensor, (pixels.float() / 2 + 0.5).clamp(0, 1))
+    def _clips(self) -> list[Clip]:
+        return [Clip(self.pipe, "tokenizer", "text_encoder")]
 
-    def preview(self, x0: Tensor) -> Tensor:
-        """A cell's pixels as a linear map of the cell and its eight neighbours, fitted once.
+    def load_textual_inversion(self, source: str, token: str | None = None) -> Word:
+        """Read a word; see `models.textual_inversion.load_word`."""
+        return load_word(self.pipe, self._readers(), source, token)
 
-        About a four-hundredth of the decoder's time, and 21 to 25 dB from what it makes of drawn
-        scenes and photographs (the embedded model at 128 px; one colour to a cell: 19 to 22 dB).
-        """
-        if self._look is None:
-            self._look = self._fit_look()
-        pixels = F.conv2d(_with_edge(x0.float()), *self._look)
-        return F.pixel_shuffle(pixels, self.grid).clamp(0, 1)
+    def add_textual_inversion(self, word: Word) -> Callable[[], None]:
+        """Have the text encoders know a word; returns what has them forget."""
+        return teach(self.pipe, self._readers(), word)
 
-    def _fit_look(self) -> tuple[Tensor, Tensor]:
-        """Least squares from the latents of a picture of everything to its pixels."""
-        pixels = _leaves(32 * self.grid)
-        latents = self.encode(pixels).float().cpu()
-        seen = F.unfold(_with_edge(latents), 3)  # (1, 9 c, cells)
-        a = torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1)[0].T.double()
-        b = F.pixel_unshuffle(pixels, self.grid).flatten(2)[0].T.double()
-        # A little ridge: neighbouring cells say nearly the same.
-        ridge = 1e-3 * len(a) * torch.eye(a.shape[1], dtype=a.dtype)
-        solution = torch.linalg.solve(a.T @ a + ridge, a.T @ b).float().to(self.device)
-        return solution[:-1].T.reshape(-1, self.channels, 3, 3), solution[-1]
+    def _readers(self) -> dict[str, str]:
+        return {clip.encoder: clip.tokenizer for clip in self._clips()}
 
-    def schedule(
-        self, name: str | None, steps: int, at: float = 1.0, *, compat: bool = False
-    ) -> Schedule:
-        """The calls of a trip that starts at noise level `at`."""
-        return Schedule(build(name, self.pipe.scheduler), steps, self.device, at=at, compat=compat)
+    def _filler(self) -> Callable[[], Mapping[str, Tensor]]:
+        """What stands at the end of a prompt beside a longer one: empty texts."""
+        return functools.cache(lambda: {"text": self._plain("")[0]})
 
     def load_control(self, source: str | None, kind: str | None = None) -> Any:
-        """Load a ControlNet; None: the model's own for hints of `kind` (`loading.own_control`).
-
-        Raises:
-            ModelError: there is none, or it was made for another family.
-        """
-        if source is None:
-            own = loading.own_control(self.source, kind)
-            if own is None:
-                raise CapabilityError(
-                    f"{self.source} brings no control network of its own for {kind!r}: name one by"
-                    " its folder or hub id (controlnet: model)"
-                )
-            source = str(own)
-        net: Any = loading.pretrained(ControlNetModel, source, dtype=self.dtype)
-        if net.config.conditioning_channels != 3:
-            said = net.config.conditioning_channels
-            raise ModelError(
-                f"{source}: this control network wants hints of {said} channels, not 3"
-            )
-        for key in ("cross_attention_dim", "block_out_channels"):
-            # A config from a file has lists where one from a constructor has tuples.
-            mine, its = (json.dumps(part.config[key]) for part in (self.unet, net))
-            if mine != its:
-                raise ModelError(
-                    f"{source}: this control network was made for another model: its {key} is"
-                    f" {its}, the loaded model's is {mine}"
-                )
-        return net.to(self.device).eval().requires_grad_(False)
+        """Load a ControlNet, a T2I-Adapter, or a union of ControlNets."""
+        net = super().load_control(source, kind)
+        if isinstance(net, T2IAdapter):
+            check_adapter(str(source), net, self.unet)
+        return net
 
     def control(self, net: Any, x: ModelInput, hint: Tensor, weight: float) -> Residuals:
-        """Run a ControlNet (Zhang et al. 2023, arXiv:2302.05543) on the rows of `x`."""
-        down, middle = net(
-            x.latents.to(net.dtype),
-            x.timestep,
-            encoder_hidden_states=x.conditioning.tensors["text"].to(net.dtype),
-            controlnet_cond=hint.to(net.device, net.dtype).expand(len(x.rows), -1, -1, -1),
-            conditioning_scale=weight,
-            return_dict=False,
-        )
-        return Residuals((*down, middle))
+        """Run a control network on the rows of `x`; see `models.unet_controls`."""
+        if not isinstance(net, T2IAdapter):
+            dtype = (net.net if isinstance(net, InMode) else net).dtype
+            return residuals(net, x, hint, weight, self._told(x.conditioning, dtype))
+        felt = self._features(net, hint, weight)
+        return Residuals(inside=tuple(one.expand(len(x.rows), -1, -1, -1) for one in felt))
 
-    def attending(self, transform: Transform) -> AbstractContextManager[None]:
-        """While inside, every attention of the UNet goes through `transform`."""
-        return attending(self.unet, transform, lambda: self._rows)
+    def forget(self) -> None:
+        """Let go of what was kept for a pass."""
+        super().forget()
+        self._felt = []
+
+    def _features(self, net: T2IAdapter, hint: Tensor, weight: float) -> tuple[Tensor, ...]:
+        """What a T2I-Adapter makes of a hint, once."""
+        for *known, made in self._felt:
+            if known[0] is net and known[1] is hint and known[2] == weight:
+                return cast(tuple[Tensor, ...], made)
+        felt = features(net, hint, weight)
+        self._felt = [(net, hint, weight, felt), *self._felt[: HINTS - 1]]
+        return felt
+
+    def load_ip_adapter(
+        self, source: str, encoder: str | None, load: Callable[[str, Callable[[], Any]], Any]
+    ) -> IPAdapter:
+        """Load an IP-Adapter; see `models.ip_adapter.load_ip_adapter`."""
+        own = getattr(self.pipe, "image_encoder", None)
+        return load_ip_adapter(source, self.unet, encoder, own, load)
+
+    def image_prompt(
+        self, adapter: IPAdapter, picture: Picture, weight: float, mask: Tensor | None = None
+    ) -> Addition:
+        """Cross-attention to a picture, beside that to the text."""
+        return adapter.term((picture.rgb() * 255).round().astype(np.uint8), weight, mask)
+
+    def _told(self, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Any]:
+        """The arguments by which UNets and ControlNets learn what is wanted."""
+        return {"encoder_hidden_states": conditioning.tensors["text"].to(dtype)}
 
     def predict(self, x: ModelInput) -> Tensor:
         """The UNet's raw output for every row, in the type of the latents."""
         self._rows = x.rows
-        latents = x.latents
-        if "mask_channels" in self.capabilities:
-            latents = torch.cat([latents, x.channels["mask"], x.channels["masked"]], dim=1)
         places = x.residuals.places if x.residuals else None
+        # The UNet empties the list.
+        inside = list(x.residuals.inside) or None if x.residuals else None
         output = self.unet(
-            latents.to(self.dtype),
+            self._seen(x),
             x.timestep,
-            encoder_hidden_states=x.conditioning.tensors["text"],
+            **self._told(x.conditioning, self.dtype),
             timestep_cond=self._guidance(x),
             down_block_additional_residuals=places[:-1] if places else None,
             mid_block_additional_residual=places[-1] if places else None,
+            down_intrablock_additional_residuals=inside,
             return_dict=False,
         )[0]
         return cast(Tensor, output.to(x.latents.dtype))
@@ -231,48 +166,21 @@ class StableDiffusion:
         return cast(Tensor, made.to(self.device, self.dtype))
 
 
-def _with_edge(latents: Tensor) -> Tensor:
-    return F.pad(latents, (1, 1, 1, 1), mode="replicate")
-
-
-def _leaves(side: int, count: int = 60) -> Tensor:
-    """Discs and bars of random colours on a smooth ground, (1, 3, side, side) in [0, 1].
-
-    Occluding forms of all sizes have the statistics of pictures (Lee, Mumford & Huang 2001,
-    "Occlusion models for natural images").
-    """
-    generator = torch.Generator().manual_seed(0)
-    ground = torch.rand(1, 3, 16, 16, generator=generator)
-    ground = F.interpolate(ground, scale_factor=4.0, mode="bicubic").clamp(0, 1)
-    picture = F.interpolate(ground, size=side, mode="bilinear")[0]
-    y, x = torch.meshgrid(torch.arange(side) / side, torch.arange(side) / side, indexing="ij")
-    for number in range(count):
-        left, top, size, turn, length = torch.rand(5, generator=generator).tolist()
-        radius, angle = 0.03 + 0.17 * size**2, math.pi * turn
-        u = (x - left) * math.cos(angle) + (y - top) * math.sin(angle)
-        v = (y - top) * math.cos(angle) - (x - left) * math.sin(angle)
-        bar = (u.abs() < radius) & (v.abs() < radius * (0.2 + length))
-        inside = u.square() + v.square() < radius**2 if number % 2 else bar
-        colour = torch.rand(3, 1, 1, generator=generator)
-        shaded = colour + 0.2 * length * (x + y - 1) if number % 3 else colour
-        picture = torch.where(inside, shaded, picture)
-    return picture[None].clamp(0, 1)
-
-
 class Family:
     """How Stable Diffusion 1 and 2 are recognised and loaded."""
 
-    name = "stable-diffusion"
+    name = StableDiffusion.family
+    carries = StableDiffusion.carries
+    sometimes = StableDiffusion.sometimes
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         """Pipelines named StableDiffusion…, but not XL, 3, or the upscalers."""
         named = str(config.get("_class_name", ""))
-        other = ("XL", "3", "Upscale", "Gligen", "Depth", "Instruct", "Video", "UnCLIP", "Image")
+        other = ("XL", "3", "Upscale", "GLIGEN", "Depth", "Video", "UnCLIP", "Image")
         return named.startswith("StableDiffusion") and not any(word in named for word in other)
 
     def load(self, source: str, **options: Any) -> StableDiffusion:
         """Load from a diffusers folder, a hub id, or a single .safetensors file."""
-        pipe = loading.components(StableDiffusionPipeline, source, **options)
-        for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-            part.eval().requires_grad_(False)
-        return StableDiffusion(pipe, source, loading.sizes(source))
+        unwanted = {"safety_checker": None, "requires_safety_checker": False}
+        pipe = loading.components(StableDiffusionPipeline, source, **options, **unwanted)
+        return StableDiffusion(loading.resting(pipe), source, loading.sizes(source))

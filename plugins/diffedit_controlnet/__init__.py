@@ -1,7 +1,7 @@
 """ControlNet: the picture follows a hint, such as edges, depth or a pose.
 
 Zhang et al. 2023, "Adding Conditional Control to Text-to-Image Diffusion Models"
-(arXiv:2302.05543).
+(arXiv:2302.05543). T2I-Adapters and unions of control networks are given as the model, too.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from diffedit import (
     Call,
@@ -17,30 +17,32 @@ from diffedit import (
     Edit,
     ImageField,
     ModelInput,
+    Pixels,
     Preprocessor,
     Residuals,
     RowMap,
     Run,
+    Windowed,
     errors,
     hookimpl,
 )
 from diffedit_controlnet.preprocessors import PREPROCESSORS
 
 if TYPE_CHECKING:
-    from typing import Self
-
     from torch import Tensor
 
 
-class ControlNet(Edit):
+class ControlNet(Windowed):
     """Follow a hint. Any number of these may act together; what they say is added."""
 
     name: ClassVar[str] = "controlnet"
     version: ClassVar[str] = "1.0.0"
+    needs: ClassVar[frozenset[str]] = frozenset({"control"})
 
     model: str | None = Field(
         None,
-        description="Folder or hub id of the control network; none: the loaded model's own",
+        description="Folder or hub id of the control network or T2I-Adapter; none: the loaded"
+        " model's own",
         max_length=4096,
         json_schema_extra={"format": "model"},
     )
@@ -51,25 +53,17 @@ class ControlNet(Edit):
         max_length=64,
         json_schema_extra={"registry": "preprocessors"},
     )
+    mode: int | None = Field(
+        None,
+        ge=0,
+        description="Which one of a union of control networks; none: by the kind",
+        json_schema_extra={"advanced": True},
+    )
     image: ImageField | None = Field(
         None, description="What to take the hint from; none: the picture being edited"
     )
     weight: float = Field(
         1.0, ge=0, le=4, description="How strongly it acts", json_schema_extra={"step": 0.05}
-    )
-    start: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="From which fraction of the steps on",
-        json_schema_extra={"advanced": True},
-    )
-    end: float = Field(
-        1.0,
-        ge=0,
-        le=1,
-        description="Up to which fraction of the steps",
-        json_schema_extra={"advanced": True},
     )
     weights: str | None = Field(
         None,
@@ -78,19 +72,15 @@ class ControlNet(Edit):
         json_schema_extra={"advanced": True, "format": "model"},
     )
 
-    @model_validator(mode="after")
-    def _window(self) -> Self:
-        if self.start > self.end:
-            raise ValueError(f"start {self.start:g} lies after end {self.end:g}")
-        return self
-
     def contribute(self, run: Run) -> Contribution:
-        """The residuals of the control network under the hint, made when first needed."""
-        run.require("control", self.name)
+        """The residuals of the control network under the hint, made when first needed.
+
+        A model that itself takes a hint, and is asked for no other network, gets it as an input.
+        """
+        own = self.model is None and "hint" in run.model.roles
         if self.image is None and run.canvas.empty:
             raise errors.InputError("controlnet: needs an image; this pass starts from nothing")
         preprocess = None if self.kind == "none" else run.preprocess(self.kind, self.weights)
-        net = run.control_net(self.model, self.kind)
 
         @functools.cache
         def hint() -> Tensor:
@@ -106,6 +96,15 @@ class ControlNet(Edit):
                 made.append(torch.from_numpy(preprocess(pixels)).permute(2, 0, 1).float() / 255)
             return torch.stack(made)
 
+        if own:
+            if (self.weight, self.start, self.end) != (1.0, 0.0, 1.0):
+                raise errors.InputError(
+                    "controlnet: this model itself takes the hint, which has no weight, start or"
+                    " end"
+                )
+            return Contribution(channels={"hint": Pixels(hint)})
+        net = run.control_net(self.model, self.kind, self.mode)
+
         @functools.cache
         def per_row(rows: RowMap) -> Tensor:
             shown = hint()
@@ -116,7 +115,11 @@ class ControlNet(Edit):
         def residuals(x: ModelInput, call: Call) -> Residuals:
             return run.model.control(net, x, per_row(x.rows), self.weight)
 
-        return Contribution(residuals=residuals, during=(self.start, self.end))
+        return Contribution(
+            residuals=residuals,
+            sees=run.model.control_roles(net),
+            during=self.during,
+        )
 
 
 @hookimpl

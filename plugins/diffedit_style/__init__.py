@@ -16,14 +16,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffedit import QKV, Contribution, Edit, ImageField, Pixels, Row, Run, Site, hookimpl
+from diffedit import QKV, Contribution, Edit, ImageField, Pixels, Row, Run, Site, Windowed, hookimpl
 
 
-class Style(Edit):
+class Style(Windowed):
     """Give the picture the look of a reference: its colours, its texture, its way of drawing."""
 
     name: ClassVar[str] = "style"
     version: ClassVar[str] = "1.0.0"
+    needs: ClassVar[frozenset[str]] = frozenset({"shared_attention"})
 
     image: ImageField = Field(description="The reference whose look is taken")
     strength: float = Field(
@@ -39,26 +40,11 @@ class Style(Edit):
         max_length=2000,
         json_schema_extra={"advanced": True},
     )
-    start: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="From which fraction of the steps on",
-        json_schema_extra={"advanced": True},
-    )
-    end: float = Field(
-        1.0,
-        ge=0,
-        le=1,
-        description="Up to which fraction of the steps",
-        json_schema_extra={"advanced": True},
-    )
 
     def contribute(self, run: Run) -> Contribution:
         """A reference row, and an attention term that looks at it."""
         if self.strength == 0:
             return Contribution()
-        run.require("shared_attention", self.name)
         # The reference is a picture of its own: it is fitted to the working size, not cropped to
         # the region. Its name follows its pixels, so its noise does not depend on its neighbours.
         width, height = run.canvas.size
@@ -69,7 +55,7 @@ class Style(Edit):
         def attention(qkv: QKV, site: Site) -> QKV:
             return qkv if site.cross else shared(qkv, site, reference, self.strength)
 
-        return Contribution(rows=(row,), attention=attention, during=(self.start, self.end))
+        return Contribution(rows=(row,), attention=attention, during=self.during)
 
 
 def cover(rgb: object, width: int, height: int) -> Tensor:
@@ -100,11 +86,17 @@ def shared(qkv: QKV, site: Site, reference: str, strength: float) -> QKV:
     beside = site.rows.index_beside(reference, qkv.q.device)
     tokens = qkv.q.shape[2]
     own = qkv.k[:, :, :tokens]  # an earlier term may have appended other references' keys
-    k, v = own[beside], qkv.v[beside][:, :, :tokens]
+    k, v = qkv.of_rows(own, beside), qkv.v[beside][:, :, :tokens]
     amount = min(strength, 1.0)
     canvas = site.rows.is_canvas(k.device)[:, None, None, None]
-    q = torch.where(canvas, torch.lerp(qkv.q, adain(qkv.q, qkv.q[beside]), amount), qkv.q)
-    keys = torch.where(canvas, torch.lerp(own, adain(own, k), amount), own)
+
+    def alike(x: Tensor) -> Tensor:  # statistics are of what tokens say, not of where they are
+        said = qkv.unplaced(x)
+        return torch.where(
+            canvas, qkv.placed(torch.lerp(said, adain(said, said[beside]), amount)), x
+        )
+
+    q, keys = alike(qkv.q), alike(own)
     keys = torch.cat([keys, qkv.k[:, :, tokens:]], dim=2)
     # References look at themselves only.
     bias = torch.where(canvas, math.log(strength), -math.inf).to(k).expand(-1, -1, -1, tokens)

@@ -40,8 +40,13 @@ def paints(page: Page, *, at: tuple[float, float] = (0.4, 0.4), by: float = 0.2)
 
 
 def adds(page: Page, edit: str, place: int = 0) -> None:
-    """Add an edit to a pass by its button."""
-    page.locator(f".add-{edit}").nth(place).click()
+    """Add an edit to a pass by its button, which for a rare one is folded away."""
+    button = page.locator(f".add-{edit}").nth(place)
+    if not button.is_visible():
+        page.locator("#composer details:not([open]) > summary", has_text="More edits").nth(
+            place
+        ).click()
+    button.click()
 
 
 def field(page: Page, name: str, place: int = 0) -> Locator:
@@ -61,6 +66,14 @@ def quick(page: Page, steps: int = 4) -> None:
     """Few steps in every pass: what is tested is the page."""
     for place in range(page.locator("[id^='control-'][id$='.steps']").count()):
         unfolds(page, field(page, "steps", place)).fill(str(steps))
+
+
+def varies(page: Page, photo: Path, steps: int = 2) -> None:
+    """Make ready for a run that needs no mask."""
+    opens(page, photo)
+    page.locator("#preset-vary").click()
+    field(page, "prompt").fill("a red circle")
+    quick(page, steps)
 
 
 def starts(page: Page) -> None:

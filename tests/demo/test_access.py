@@ -58,7 +58,7 @@ def test_nothing_serious_is_found(
         expect(page.locator("#status [role=alert]")).to_be_visible(timeout=60_000)
         page.screenshot(path=kept / f"{size}-{scheme}-edit.png", full_page=True)
         assert findings(page) == []
-        page.locator("#preset").select_option("paint")
+        page.locator("#preset-paint").click()
         paints(page)
         quick(page, 2)
         runs(page)
@@ -71,8 +71,11 @@ def test_a_finger_paints_on_a_phone_and_run_is_always_at_hand(
 ) -> None:
     with visited(browser, address, **PHONE) as page:
         opens(page, photo)
-        box = page.locator("#canvas canvas").last.bounding_box()
+        surface = page.locator("#canvas canvas").last
+        surface.scroll_into_view_if_needed()
+        box = surface.bounding_box()
         assert box is not None
+        stood = page.evaluate("window.scrollY")
         x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
         session = page.context.new_cdp_session(page)
         for kind, move in (("touchStart", 0), *(("touchMove", k) for k in range(10, 60, 10))):
@@ -81,7 +84,7 @@ def test_a_finger_paints_on_a_phone_and_run_is_always_at_hand(
         session.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
         share = page.evaluate("window.diffedit.canvas.state().layers.A.share")
         assert share > 0.005
-        assert page.evaluate("window.scrollY") == 0  # it painted, and did not scroll
+        assert page.evaluate("window.scrollY") == stood  # it painted, and did not scroll
         field(page, "prompt").fill("a yellow star")
         quick(page, 2)
         run = page.get_by_role("button", name="Run", exact=True)
@@ -90,7 +93,9 @@ def test_a_finger_paints_on_a_phone_and_run_is_always_at_hand(
             expect(run).to_be_in_viewport(ratio=1)
         # Nothing is wider than the screen.
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        # Run was pressed far below the picture; what it makes is brought into view.
         runs(page)
+        expect(page.locator("#viewer .after")).to_be_in_viewport()
 
 
 def test_the_keyboard_reaches_everything(page: Page, photo: Path) -> None:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import base64
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from gradio_client import Client, handle_file
 
 import diffedit
 from diffedit import Editor, Pass, Workflow
 from diffedit.images import encode_png, open_picture
+from diffedit.plugins import default
+from diffedit.testing import tiny_editor
+from diffedit_demo.api import Endpoints
+from diffedit_demo.jobs import Models
+from diffedit_demo.sessions import Sessions
+from diffedit_demo.workspace import Workspace
 from tests.demo.conftest import served
 
 WAIT = 120
@@ -133,22 +144,52 @@ def test_a_call_that_is_cancelled_frees_the_queue(client: Client, photo: Path) -
     assert time.monotonic() - began < 60  # a thousand steps take minutes
 
 
-def test_agents_find_the_same_as_tools() -> None:
+def test_agents_find_the_same_as_tools(photo: Path) -> None:
     from mcp import ClientSession
     from mcp.client.streamable_http import streamablehttp_client
 
-    async def calls(url: str) -> tuple[set[str], Any]:
+    picture = "data:image/png;base64," + base64.b64encode(photo.read_bytes()).decode()
+    asked = {
+        "image": picture, "edit": "img2img", "prompt": "a red circle",
+        "parameters": {"strength": 0.5}, "seed": 3, "steps": 2,
+    }  # fmt: skip
+
+    async def calls(url: str) -> tuple[set[str], Any, Any]:
         async with (
             streamablehttp_client(url) as (read, write, _),
             ClientSession(read, write) as session,
         ):
             await session.initialize()
             tools = {one.name for one in (await session.list_tools()).tools}
-            plugins = next(name for name in tools if name.endswith("plugins"))
-            return tools, await session.call_tool(plugins, {})
+            named = {name.rpartition("diffedit_")[2]: name for name in tools}
+            said = await session.call_tool(named["plugins"], {})
+            made: Any = await session.call_tool(named["edit"], asked)
+            for url in re.findall(r"http://[^']+", made.content[0].text):
+                fetched[url] = httpx.get(url).content
+            return set(named), said, made
 
+    fetched: dict[str, bytes] = {}
     with served("--mcp") as address:
-        tools, said = asyncio.run(calls(f"{address}/gradio_api/mcp/"))
-    endings = {one.rpartition("diffedit_")[2] for one in tools}
-    assert {"edit", "run_workflow", "plugins"} <= endings
+        tools, said, made = asyncio.run(calls(f"{address}/gradio_api/mcp/"))
+    assert {"edit", "run_workflow", "plugins"} <= tools
     assert "inpaint" in said.content[0].text
+    assert not made.isError, made.content
+    (file,), text = ast.literal_eval(made.content[0].text)
+    expected = Editor.load("tiny", device="cpu").run(photo, Workflow.from_yaml(text))
+    assert (open_picture(fetched[file["url"]]).pixels == expected.pixels).all()
+
+
+def test_what_programs_make_gives_way_when_a_session_is_full(tmp_path: Path) -> None:
+    models = Models(["tiny"], lambda source: tiny_editor())
+    sessions = Sessions(tmp_path / "sessions", quota_bytes=60_000)
+    endpoints = Endpoints(Workspace(models, sessions, default()))
+    request: Any = SimpleNamespace(session_hash="program")
+    text = "size: [64, 64]\nseed: SEED\npasses: [{prompt: x, steps: 1, guidance: 1}]"
+    made: list[str] = []
+    for seed in range(12):
+        *_, (files, _) = endpoints.run_workflow(request, None, text.replace("SEED", str(seed)))
+        assert files
+        assert Path(files[0]).exists()
+        made.append(files[0])
+    assert not Path(made[0]).exists()
+    assert sessions["program"].used <= 60_000

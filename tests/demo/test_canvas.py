@@ -27,7 +27,7 @@ gr = pytest.importorskip("gradio")
 sync_api = pytest.importorskip("playwright.sync_api")
 
 from gradio.data_classes import FileData  # noqa: E402
-from playwright.sync_api import Browser, BrowserContext, Page  # noqa: E402
+from playwright.sync_api import Browser, BrowserContext, Page, expect  # noqa: E402
 
 from diffedit_demo import canvas as canvas_module  # noqa: E402
 from diffedit_demo.canvas import (  # noqa: E402
@@ -284,11 +284,11 @@ class Bench:
         values = np.frombuffer(found.encode("latin-1"), np.uint8)
         return values.reshape(side["height"], side["width"])
 
-    def alert(self) -> str:
-        """The line of trouble, once it is there."""
+    def alerts(self, text: str | re.Pattern[str]) -> None:
+        """Wait until the line of trouble says so; what it said before may still stand there."""
         line = self.page.locator(".diffedit-canvas [role=alert]")
-        line.wait_for(state="visible")
-        return line.inner_text()
+        expect(line).to_have_text(text)
+        expect(line).to_be_visible()
 
 
 @pytest.fixture(scope="module")
@@ -731,7 +731,7 @@ def test_what_is_no_picture_leaves_the_old_one(bench: Bench, tmp_path: Path) -> 
     text = tmp_path / "notes.txt"
     text.write_text("no picture")
     give(bench, "picture", text)
-    assert bench.alert() == "notes.txt is not a picture that can be opened"
+    bench.alerts("notes.txt is not a picture that can be opened")
     assert bench.uploads() == 0
     text = text.rename(tmp_path / "fake.png")
     give(bench, "picture", text)
@@ -739,14 +739,14 @@ def test_what_is_no_picture_leaves_the_old_one(bench: Bench, tmp_path: Path) -> 
     assert bench.state()["surface"] == {"width": WIDTH, "height": HEIGHT}
     assert_stroke(bench.run().masks["A"], LINE, 24)
     give(bench, "mask", text)
-    assert bench.alert() == "fake.png is not a picture that can be opened"
+    bench.alerts("fake.png is not a picture that can be opened")
 
 
 def test_an_upload_that_fails_is_said_and_nothing_runs(bench: Bench, tmp_path: Path) -> None:
     bench.page.route("**/upload*", lambda route: route.abort())
     try:
         give(bench, "picture", deep(tmp_path / "deep.png"))
-        assert bench.alert().startswith("deep.png could not be sent")
+        bench.alerts(re.compile(r"^deep\.png could not be sent"))
         bench.drag(LINE)
         bench.click("Run")
         bench.page.get_by_text("The mask could not be sent").wait_for()

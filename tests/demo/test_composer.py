@@ -26,7 +26,7 @@ def test_a_random_walk_keeps_everything_and_goes_back_step_by_step(page: Page) -
     """Moves lose nothing, copies have names of their own, and every step can be taken back."""
     found: dict[str, Any] = page.evaluate(
         """() => {
-          const { change, takeBack, stack } = window.diffedit.composer;
+          const { change, takeBack, makeAgain, stack } = window.diffedit.composer;
           let seed = 7;
           const random = (n) => (seed = (seed * 48271) % 2147483647) % n;
           const uids = (one) => one.passes.flatMap((p) => [p.uid, ...p.edits.map((e) => e.uid)]);
@@ -64,11 +64,13 @@ def test_a_random_walk_keeps_everything_and_goes_back_step_by_step(page: Page) -
             takeBack();
             back += JSON.stringify(stack()) === states.pop();
           }
-          return { faults, back, end };
+          for (let step = 0; step < 60; step++) makeAgain();
+          return { faults, back, end, again: stack() };
         }"""
     )
     assert found["faults"] == []
     assert found["back"] > 20
+    assert found["again"] == found["end"]
     Stack.from_page(found["end"]["passes"])
 
 
@@ -80,15 +82,25 @@ def test_taking_back_keeps_what_was_typed_since(page: Page) -> None:
     assert outline(page) == [["second", "inpaint"]]
     expect(field(page, "prompt")).to_have_value("second")
     expect(page.get_by_role("button", name="Take the last change")).to_be_disabled()
+    # And forward again, with what was typed in between.
+    field(page, "prompt").fill("third")
+    page.get_by_role("button", name="Make the change again").click()
+    assert outline(page) == [["third", "inpaint", "style"]]
+    expect(page.get_by_role("button", name="Make the change again")).to_be_disabled()
+    page.get_by_role("button", name="Take the last change").click()
+    adds(page, "img2img")  # another way: the one that was taken back is gone
+    expect(page.get_by_role("button", name="Make the change again")).to_be_disabled()
 
 
 def test_a_preset_keeps_the_prompt_and_can_be_chosen_again(page: Page) -> None:
     field(page, "prompt").fill("a cat")
-    page.locator("#preset").select_option("vary")
+    page.locator("#preset-vary").click()
     field(page, "strength").fill("0.9")
-    page.locator("#preset").select_option("vary")
+    page.locator("#preset-vary").click()
     assert outline(page) == [["a cat", "img2img"]]
     expect(field(page, "strength")).to_have_value("0.6")
+    page.locator("#preset-remove").click()  # says that it wants none
+    assert outline(page) == [["", "inpaint"]]
 
 
 def test_an_edit_that_leaves_its_pass_enters_the_next(page: Page) -> None:
@@ -130,7 +142,7 @@ def test_numbers_are_checked_as_they_are_typed(page: Page) -> None:
 
 
 def test_a_slider_and_its_number_are_one(page: Page) -> None:
-    page.locator("#preset").select_option("vary")
+    page.locator("#preset-vary").click()
     number = field(page, "strength")
     number.focus()
     page.keyboard.press("ArrowUp")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from diffedit.errors import ImageError, InputError, MaskError, WorkflowError
 from diffedit.images import Picture, open_picture, save_picture
 from diffedit.plugins import default
 from diffedit.testing import tiny_editor
-from diffedit_demo.desk import KEYWORD, Candidate, Desk, read_workflow
+from diffedit_demo.desk import KEYWORD, Candidate, Desk, bound_pictures, read_workflow
 from diffedit_demo.jobs import Cancelled, Models, Progress, run
 from diffedit_demo.sessions import Sessions
 from diffedit_demo.settings import Settings
@@ -308,6 +310,76 @@ def test_a_workflow_that_names_files_is_refused_whether_they_exist_or_not(
     file.write_text(f"passes: [{{prompt: x, edits: [inpaint: {{mask: {named}}}]}}]", "utf-8")
     with pytest.raises(InputError, match="is a file's name"):
         read_workflow(file)
+
+
+def test_a_workflow_with_a_large_reference_is_read_back(
+    tmp_path: Path, desk: Desk, editor: Editor
+) -> None:
+    """Of its own making, as a file and out of the picture: pictures in it count nothing."""
+    noise = np.random.default_rng(0).integers(0, 256, (700, 900, 3), dtype=np.uint8)
+    desk.open(save_picture(Picture(noise), tmp_path / "noise.png"))
+    stack = Stack((PassItem({"prompt": "x", **FAST}, (EditItem("style", {"image": "source"}),)),))
+    small = workflow_of(desk, stack, None).model_copy(update={"size": (64, 64)})
+    result = editor.run(None, small)
+    (one,) = desk.made(result, None)
+    assert len(one.workflow) > 2_000_000
+    file = tmp_path / "w.yaml"
+    file.write_text(one.workflow, "utf-8")
+    assert read_workflow(file) == read_workflow(one.file)
+    assert read_workflow(file).passes == small.passes
+
+
+def test_workflows_may_be_so_long_only(tmp_path: Path) -> None:
+    file = tmp_path / "w.yaml"
+    file.write_text("passes: [" + "{prompt: x}, " * 11_000 + "]", "utf-8")
+    with pytest.raises(WorkflowError, match="143010 characters besides its pictures"):
+        read_workflow(file)
+
+
+def test_no_picture_in_a_workflow_is_larger_than_a_visitors_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    bound_pictures()
+    data = io.BytesIO()
+    Image.new("1", (8001, 8001)).save(data, "PNG")
+    uri = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+    file = tmp_path / "w.yaml"
+    file.write_text(f'passes: [{{prompt: x, edits: [{{style: {{image: "{uri}"}}}}]}}]', "utf-8")
+    with pytest.raises(InputError, match="too large"):
+        read_workflow(file)
+
+
+def test_the_present_picture_leaves_the_history_with_its_files(
+    desk: Desk, editor: Editor, photo: Path, mask: Path
+) -> None:
+    first = desk.open(photo)
+    with_mask = workflow_of(desk, PAINT, mask)
+    made(desk, editor, with_mask)
+    with pytest.raises(InputError, match="being edited"):
+        desk.remove()  # what was made of it waits to be kept
+    second = desk.accept(0)
+    desk.history.go(first.id)
+    desk.order("run")
+    with pytest.raises(InputError, match="being edited"):
+        desk.remove()
+    desk.begin()
+    with pytest.raises(InputError, match="being edited"):
+        desk.remove()
+    desk.running = None
+    before = desk.session.used
+    desk.remove()
+    assert not first.file.exists()
+    assert not first.shown.exists()
+    assert desk.session.used < before
+    assert desk.history.now is not None
+    assert desk.history.now.id == second.id
+    with pytest.raises(InputError, match="not here any more"):
+        desk.picked(f"result:{first.id}", {}, None)
+    desk.remove()
+    with pytest.raises(InputError, match="no picture to remove"):
+        desk.remove()
+    assert desk.session.used == 0
 
 
 @pytest.mark.parametrize("data", [b"\xff\xfe\x00", b"passes: 3", b"\x89PNG\r\n\x1a\nrest"])

@@ -39,15 +39,40 @@ def test_undo_goes_to_what_it_was_made_from_and_redo_along_the_branch_last_stood
     assert history.redo() is None
 
 
-def test_the_path_leads_from_the_opened_picture() -> None:
+def test_what_is_made_of_a_picture_has_its_origin() -> None:
     history = grown()
-    assert [node.title for node in history.path()] == ["photo", "three"]
-    history.go(2)
-    assert [node.title for node in history.path()] == ["photo", "one", "two"]
+    history.add(Path("other"), Path("other"), "other", (8, 8))
+    assert [node.origin for node in history] == [0, 0, 0, 0, 4]
+
+
+def test_what_was_made_of_a_removed_picture_follows_on_what_that_was_made_of() -> None:
+    history = grown()
+    history.go(1)
+    assert history.remove(1).title == "one"
+    assert [(node.id, node.parent, node.origin) for node in history] == [
+        (0, None, 0), (2, 0, 0), (3, 0, 0),
+    ]  # fmt: skip
+    assert history.now is not None
+    assert history.now.title == "photo"
+    assert not history.can_redo  # it led to the picture that is gone
+    with pytest.raises(KeyError):
+        history.go(1)
+    assert history.add(Path("new"), Path("new"), "new", (8, 8), parent=0).id == 4
+
+
+def test_without_what_it_was_made_of_one_stands_on_the_newest() -> None:
+    history = grown()
+    history.go(0)
+    history.remove(0)
+    assert history.now is not None
+    assert (history.now.id, history.now.parent, history.now.origin) == (3, None, 0)
+    for number in (1, 2, 3):
+        history.remove(number)
+    assert [history.current, len(history)] == [None, 0]
 
 
 def test_an_empty_history_has_nowhere_to_go() -> None:
     history = History()
     assert history.now is history.undo() is history.redo() is None
-    with pytest.raises(IndexError):
+    with pytest.raises(KeyError):
         history.go(0)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import socket
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from diffedit import Workflow
 from diffedit.images import Picture, save_picture
-from tests.demo.conftest import visited
+from tests.demo.conftest import served, visited
 from tests.demo.steps import (
     WAIT,
     adds,
@@ -22,17 +27,10 @@ from tests.demo.steps import (
     runs,
     starts,
     status,
+    varies,
     workflow_of,
 )
 from tests.laws.photographs import photograph
-
-
-def varies(page: Page, photo: Path, steps: int = 2) -> None:
-    """Make ready for a run that needs no mask."""
-    opens(page, photo)
-    page.locator("#preset").select_option("vary")
-    field(page, "prompt").fill("a red circle")
-    quick(page, steps)
 
 
 def cancels(page: Page) -> None:
@@ -135,6 +133,113 @@ def test_a_closed_tab_frees_the_queue(browser: Browser, extended: str, photo: Pa
         # Two seconds on a machine that does nothing else; tests share theirs.
         assert time.monotonic() - began < 6
         status(stays, "Done in")
+
+
+def test_a_full_queue_turns_a_run_away_and_nothing_else(
+    browser: Browser, extended: str, photo: Path
+) -> None:
+    programs = [httpx.Client(base_url=extended, timeout=60) for _ in range(2)]
+    programs[1].get("/config")  # gets a cookie, and is another visitor then
+    taken = 0
+    with visited(browser, extended, faults=("503",)) as page:
+        varies(page, photo)
+        for client in programs:
+            first: dict[str, Any] = {"data": [None, "dawdle", "x", {"seconds": 9}, None, 0, 1]}
+            rest: dict[str, Any] = {"data": [None, "", "x", {}, None, 0, 1]}
+            for body in (first, *[rest] * 20):
+                body["data"] = [*body["data"][:7], 1.0, "", ""]
+                taken += client.post("/gradio_api/call/edit", json=body).status_code == 200
+        assert 24 <= taken <= 26
+        starts(page)
+        expect(page.locator("#status [role=alert]")).to_contain_text("Too many", timeout=WAIT)
+        expect(page.get_by_role("button", name="Run", exact=True)).to_be_enabled()
+        opens(page, photo)  # waits for nobody
+        expect(page.locator("#history img")).to_have_count(2)
+        deadline = time.monotonic() + 60
+        while programs[0].post("/gradio_api/call/plugins", json={"data": []}).status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(1)
+        runs(page)
+    for client in programs:
+        client.close()
+
+
+class Breakable:
+    """A way to a server that can be cut, as a network is."""
+
+    def __init__(self) -> None:
+        self.target = ("127.0.0.1", 0)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.name = f"127.0.0.1:{self.listener.getsockname()[1]}"
+        self.cut = threading.Event()
+        self.open: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:
+                return
+            if self.cut.is_set():
+                client.close()
+                continue
+            server = socket.create_connection(self.target)
+            self.open += [client, server]
+            for pair in ((client, server), (server, client)):
+                threading.Thread(target=self._pass_on, args=pair, daemon=True).start()
+
+    def _pass_on(self, come: socket.socket, go: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := come.recv(1 << 16):
+                go.sendall(data)
+        for one in (come, go):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    def breaks(self) -> None:
+        self.cut.set()
+        for one in self.open:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    def mends(self) -> None:
+        self.cut.clear()
+
+    def close(self) -> None:
+        self.breaks()
+        self.listener.close()
+
+
+def test_a_connection_that_breaks_ends_the_run_and_nothing_is_lost(
+    browser: Browser, photo: Path
+) -> None:
+    """Gradio loads the page again then: picture, history and stack are those of before."""
+    way = Breakable()
+    with served("--allow-host", way.name) as address:
+        way.target = ("127.0.0.1", int(address.rpartition(":")[2]))
+        expected = ("ERR_", "network error", "Connection errored out", "onnection")
+        with visited(browser, f"http://{way.name}", faults=expected) as page:
+            varies(page, photo)
+            runs(page)
+            page.get_by_role("button", name="Keep").click()
+            expect(page.locator("#history img")).to_have_count(2)
+            adds(page, "style")
+            field(page, "image").select_option("result:0")
+            quick(page, 1000)
+            starts(page)
+            status(page, re.compile(r"step \d+ of"))
+            page.evaluate("window.before = true")
+            way.breaks()
+            page.wait_for_timeout(1000)
+            way.mends()
+            page.wait_for_function("!window.before && window.diffedit?.composer", timeout=WAIT)
+            expect(page.locator("#history img")).to_have_count(2, timeout=WAIT)
+            expect(page.locator("#undo")).to_be_enabled()
+            expect(field(page, "image")).to_have_value("result:0")
+            quick(page, 2)
+            runs(page)
+    way.close()
 
 
 def test_plugins_of_others_have_their_forms_and_broken_ones_are_named(

@@ -38,10 +38,20 @@ def stack(*sizes: int, **changed: dict[str, Any]) -> Stack:
 
 def test_which_parameters_are_pictures() -> None:
     assert {
+        "apg": frozenset(),
         "controlnet": {"image"},
         "img2img": frozenset(),
         "inpaint": {"mask"},
+        "instruct": {"image"},
+        "interval": frozenset(),
+        "invert": frozenset(),
+        "ip_adapter": {"image", "mask"},
+        "lora": frozenset(),
+        "pag": frozenset(),
+        "perp_neg": frozenset(),
+        "region": {"mask"},
         "style": {"image"},
+        "textual_inversion": frozenset(),
     } == PICTURES
     controlnet = diffedit.edits()["controlnet"].model_json_schema()
     assert parameters_of(controlnet, ("model",)) == {"model", "weights"}

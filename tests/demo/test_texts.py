@@ -46,7 +46,7 @@ def test_every_key_is_explained_in_chinese() -> None:
 def test_the_forms_of_what_we_ship_have_chinese_words() -> None:
     schemas = [edit.model_json_schema() for edit in diffedit.edits().values()]
     listed = [one for schema in schemas for one in fields(schema, {})]
-    listed += pass_fields(Pass.model_json_schema(), [])
+    listed += pass_fields(Pass.model_json_schema(), {})
     listed += fields(Settings.model_json_schema(), {})
     said = {word for one in listed for word in (one.title, one.help)}
     assert said - set(WORDS["zh"]) == set()
@@ -92,6 +92,6 @@ def test_values_are_put_in() -> None:
 
 
 def test_presets_need_their_edits() -> None:
-    assert set(presets(diffedit.edits())) == {"paint", "restyle", "vary", "make"}
+    assert set(presets(diffedit.edits())) == {"paint", "remove", "restyle", "vary", "make"}
     assert set(presets({"img2img"})) == {"vary", "make"}
     assert all(f"preset_{key}" in COMPOSER["en"] for key in presets(diffedit.edits()))

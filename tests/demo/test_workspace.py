@@ -129,3 +129,22 @@ def test_the_script_that_is_copied_says_the_same_workflow(tmp_path: Path) -> Non
     line = LANGUAGES["CLI"](workflow, "my photo.png")
     assert line == "diffedit run workflow.yaml 'my photo.png' --output edited.png\n"
     assert Workflow.from_yaml(LANGUAGES["YAML"](workflow, None)) == workflow
+
+
+def test_only_the_owner_of_a_desk_that_was_left_comes_back_to_it(tmp_path: Path) -> None:
+    found = workspace(tmp_path)
+    for session, owner in (("old", "me"), ("new", "me"), ("theirs", "another"), ("free", "")):
+        found.sessions.claim(session, owner)
+    desk = found.desk("old")
+    file = desk.session.add(b"x", ".png")
+    assert not found.back("new", "old")  # its page is open
+    found.leave("old")
+    assert not found.back("theirs", "old")
+    assert not found.back("free", "old")
+    assert not found.back("new", "never")
+    assert not found.back("unknown", "old")
+    assert found.back("new", "old")
+    assert found.desk("new") is desk
+    assert found.sessions["new"].owns(file)
+    assert "old" not in found.sessions
+    assert not found.back("new", "old")

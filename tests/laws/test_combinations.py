@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from typing import Any
 
@@ -14,36 +13,33 @@ from diffedit import Pass
 from diffedit_controlnet import ControlNet
 from diffedit_img2img import Img2Img
 from diffedit_inpaint import Inpaint
+from diffedit_instruct import Instruct
 from diffedit_style import Style
 from tests.laws.photographs import changed, mask, photograph
-from tests.laws.tools import Watched
+from tests.laws.tools import CHOSEN, Watched, per_family
 
 SIZE = (64, 64)
 WHITE = mask(SIZE, (9, 9, 40, 50))
 IMAGE = photograph("rgb8", SIZE)
 
-MODELS: dict[str, dict[str, Any]] = {
-    "4 channels": {},
-    "9 channels": {"in_channels": 9},
-    "v": {"prediction_type": "v_prediction"},
-    "9 channels, v": {"in_channels": 9, "prediction_type": "v_prediction"},
-}
+MODELS = ("plain", "inpainting", "v", "inpainting, v", "instructed")
 EDITS: dict[str, Any] = {
     "inpaint": Inpaint(mask=WHITE, feather=0),
-    "img2img": Img2Img(strength=0.7),
+    "img2img": Img2Img(strength=0.6),
     "controlnet": ControlNet(model="net1", weight=0.5),
     "style": Style(image=photograph("rgb8", SIZE, "coffee")),
 }
-SUBSETS = [s for n in range(5) for s in itertools.combinations(EDITS, n)]
 
 
-@functools.cache
+@per_family
 def watched(model: str) -> Watched:
-    return Watched(**MODELS[model])
+    return Watched(**CHOSEN.family.options(model))
 
 
 def run(model: str, *edits: Any, seed: Any = 1) -> Any:
-    what = Pass(prompt="a red circle", steps=3, edits=edits)
+    if model == "instructed":
+        edits = (*edits, Instruct())
+    what = Pass(prompt="a red circle", steps=3, edits=CHOSEN.family.carried(edits))
     return watched(model).editor.run(IMAGE, what, seed=seed)
 
 
@@ -60,11 +56,15 @@ def test_all_at_once_with_two_control_networks_and_two_seeds(model: str) -> None
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_subset_runs_and_every_edit_counts(model: str) -> None:
-    made = {subset: run(model, *(EDITS[name] for name in subset)).latents for subset in SUBSETS}
-    assert len(made) == 16
-    assert all(torch.isfinite(latents).all() for latents in made.values())
-    for one, other in itertools.combinations(SUBSETS, 2):
-        assert not torch.equal(made[one], made[other]), (one, other)
+    carried = CHOSEN.family.carried(list(EDITS.values()))
+    subsets = [
+        some for count in range(len(carried) + 1) for some in itertools.combinations(carried, count)
+    ]
+    made = [(some, run(model, *some).latents) for some in subsets]
+    assert len(made) == 2 ** len(carried)
+    assert all(torch.isfinite(latents).all() for _, latents in made)
+    for (one, latents), (other, others) in itertools.combinations(made, 2):
+        assert not torch.equal(latents, others), (one, other)
 
 
 def test_no_input_is_ever_written_to(tmp_path: Any) -> None:
@@ -76,14 +76,12 @@ def test_no_input_is_ever_written_to(tmp_path: Any) -> None:
     for name, pixels in (("source", IMAGE), ("mask", WHITE), ("style", IMAGE)):
         save_picture(Picture(pixels), files[name])
     before = {name: file.read_bytes() for name, file in files.items()}
-    what = Pass(
-        prompt="x",
-        steps=1,
-        edits=[Inpaint(mask=files["mask"]), Style(image=files["style"], strength=0.5)],
-    )
-    result = watched("4 channels").editor.run(files["source"], what)
+    edits = [Inpaint(mask=files["mask"]), Style(image=files["style"], strength=0.5)]
+    what = Pass(prompt="x", steps=1, edits=CHOSEN.family.carried(edits))
+    result = watched("plain").editor.run(files["source"], what)
     (tmp_path / "sub").mkdir()
-    for file in (*files.values(), tmp_path / "sub" / ".." / "mask.png"):
+    read = [files[name] for name in ("source", "mask", "style")[: 1 + len(what.edits)]]
+    for file in (*read, tmp_path / "sub" / ".." / "mask.png"):
         with pytest.raises(OutputError):
             result.save(file)
     assert before == {name: file.read_bytes() for name, file in files.items()}

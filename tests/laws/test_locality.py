@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffedit import Editor, Pass, testing
+from diffedit import Editor, Pass
 from diffedit.errors import DiffeditError
 from diffedit.images import open_picture
 from diffedit_controlnet import ControlNet
@@ -28,17 +27,18 @@ from tests.laws.photographs import (
     mask,
     photograph,
 )
+from tests.laws.tools import CHOSEN, per_family
 
 
-@functools.cache
+@per_family
 def editor(**options: Any) -> Editor:
-    made = testing.tiny_editor(**options)
-    made._resources["control:net:"] = testing.tiny_control_net(made.model.pipe)  # type: ignore[attr-defined]
+    made = CHOSEN.family.editor(**options)
+    made._resources["control:net:"] = CHOSEN.family.control_net(made.model.pipe)  # type: ignore[attr-defined]
     return made
 
 
 def edited(image: Pixels, *edits: Any, steps: int = 2, **options: Any) -> Pixels:
-    what = Pass(prompt="a red circle", steps=steps, edits=edits)
+    what = Pass(prompt="a red circle", steps=steps, edits=CHOSEN.family.carried(edits))
     return editor(**options).run(image, what, seed=3).pixels
 
 
@@ -111,9 +111,9 @@ def test_runs_one_after_another_change_only_the_union() -> None:
     assert not changed(image, twice)[(distance(first) > 4) & (second == 0)].any()
 
 
-@pytest.mark.parametrize("channels", [4, 9])
+@pytest.mark.parametrize("model", ["plain", "inpainting"])
 @pytest.mark.parametrize("mode", ["rgba8", "grey8", "rgb16"])
-def test_with_every_other_edit_in_the_same_pass(mode: str, channels: int) -> None:
+def test_with_every_other_edit_in_the_same_pass(mode: str, model: str) -> None:
     size = (150, 117)
     image, white = photograph(mode, size), mask(size, (40, 30, 77, 61))
     made = edited(
@@ -123,7 +123,7 @@ def test_with_every_other_edit_in_the_same_pass(mode: str, channels: int) -> Non
         ControlNet(model="net", kind="canny", weight=0.5),
         Style(image=photograph("rgb8", (64, 64), "coffee")),
         steps=3,
-        in_channels=channels,
+        **CHOSEN.family.options(model),
     )
     where = changed(image, made)
     assert not where[distance(white) > 5].any()
@@ -198,10 +198,10 @@ def test_a_soft_mask_is_the_alpha_of_the_paste_back() -> None:
     assert np.abs(some).mean() < 0.6 * np.abs(all_of_it).mean()
 
 
-def test_nine_channels_hold_the_law_too() -> None:
+def test_inpainting_models_hold_the_law_too() -> None:
     size = (77, 501)
     image, white = photograph("greya8", size), mask(size, (20, 200, 50, 240))
-    made = edited(image, Inpaint(mask=white, feather=6), in_channels=9)
+    made = edited(image, Inpaint(mask=white, feather=6), **CHOSEN.family.options("inpainting"))
     where = changed(image, made)
     assert not where[distance(white) > 6].any()
     assert where[white > 0].mean() > 0.5
@@ -227,7 +227,7 @@ def test_saved_and_opened_again_it_still_holds(mode: str, name: str, tmp_path: P
 def test_decoded_values_that_are_not_finite_do_not_leak(
     bad: float, source: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = testing.tiny_model()
+    model = CHOSEN.family.editor().model
 
     def broken(latents: torch.Tensor) -> torch.Tensor:
         pixels = type(model).decode(model, latents)

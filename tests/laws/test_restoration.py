@@ -8,23 +8,24 @@ from typing import Any
 import pytest
 import torch
 
-from diffedit import Call, Editor, Guidance, Pass, Patch, Row, testing
+from diffedit import Call, Editor, Guidance, Pass, Patch, Row
 from diffedit.attention import QKV
 from diffedit.errors import Busy, DiffeditError, PluginError
 from diffedit.models.protocol import Residuals
 from diffedit_controlnet import ControlNet
 from diffedit_inpaint import Inpaint
 from diffedit_style import Style
+from tests.families import Tiny
 from tests.laws.photographs import mask, photograph
-from tests.laws.tools import Custom
+from tests.laws.tools import CHOSEN, Custom
 
 STEPS = 4
 IMAGE = photograph("rgb8", (64, 64))
-FOLLOWING = Pass(
-    prompt="after",
-    steps=2,
-    edits=[Inpaint(mask=mask((64, 64), (9, 9, 40, 40))), Style(image=photograph(which="coffee"))],
-)
+
+
+def the_following() -> Pass:
+    edits = [Inpaint(mask=mask((64, 64), (9, 9, 40, 40))), Style(image=photograph(which="coffee"))]
+    return Pass(prompt="after", steps=2, edits=CHOSEN.family.carried(edits))
 
 
 def state(editor: Editor) -> Any:
@@ -54,45 +55,42 @@ def unchanged(before: Any, after: Any) -> None:
 
 @pytest.fixture
 def editor() -> Editor:
-    return testing.tiny_editor()
+    return CHOSEN.family.editor()
 
 
 @pytest.fixture(scope="module")
-def expected() -> torch.Tensor:
-    latents = testing.tiny_editor().run(IMAGE, FOLLOWING, seed=5).latents
+def expected(family: Tiny) -> torch.Tensor:
+    latents = family.editor().run(IMAGE, the_following(), seed=5).latents
     assert latents is not None
     return latents
 
 
 def check(editor: Editor, before: Any, expected: torch.Tensor) -> None:
     unchanged(before, state(editor))
-    following = editor.run(IMAGE, FOLLOWING, seed=5).latents
+    following = editor.run(IMAGE, the_following(), seed=5).latents
     assert following is not None
     assert torch.equal(following, expected)
 
 
 def a_pass(**parts: Any) -> Pass:
     """A pass in which everything acts that could leave something behind."""
-    return Pass(
-        prompt="x",
-        steps=STEPS,
-        edits=[
-            Style(image=photograph(which="coffee")),
-            Custom(parts={"patches": (Patch(scaled), Patch(hooked)), **parts}),
-        ],
-    )
+    edits = [
+        Style(image=photograph(which="coffee")),
+        Custom(parts={"patches": (Patch(scaled), Patch(hooked)), **parts}),
+    ]
+    return Pass(prompt="x", steps=STEPS, edits=CHOSEN.family.carried(edits))
 
 
 def scaled(model: Any) -> Callable[[], None]:
     """A change of weights in place, as merging a LoRA makes it."""
-    weight = model.unet.conv_in.weight
+    weight = next(iter(model.denoiser.parameters()))
     was = weight.clone()
     weight.mul_(1.5)
     return lambda: weight.copy_(was)
 
 
 def hooked(model: Any) -> Callable[[], None]:
-    handle = model.unet.mid_block.register_forward_hook(lambda *a: None)
+    handle = next(iter(model.denoiser.children())).register_forward_hook(lambda *a: None)
     remove: Callable[[], None] = handle.remove
     return remove
 
@@ -100,6 +98,7 @@ def hooked(model: Any) -> Callable[[], None]:
 def failing(at: int) -> dict[str, Any]:
     """For every callable of a contribution, a version that raises in call `at`."""
     calls = {"n": 0}
+    first: dict[str, str] = {}
 
     def boom(*args: Any) -> Any:
         raise RuntimeError("boom")
@@ -111,14 +110,15 @@ def failing(at: int) -> dict[str, Any]:
         return function
 
     def attention(qkv: QKV, site: Any) -> QKV:
-        calls["n"] += site.name == "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+        first.setdefault("site", site.name)
+        calls["n"] += site.name == first["site"]
         return boom() if calls["n"] > at else qkv
 
     def keep(step: Call) -> torch.Tensor:
         return boom() if step.index == at else torch.zeros(1, 1, 8, 8)
 
     def row(call: Call) -> torch.Tensor:
-        return boom() if call.index == at else torch.zeros(1, 4, 8, 8)
+        return boom() if call.index == at else torch.zeros(1, CHOSEN.family.channels, 8, 8)
 
     def prepare(run: Any) -> Iterator[Any]:
         boom()
@@ -152,6 +152,10 @@ def test_after_a_pass(editor: Editor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("at", [0, 2])
 @pytest.mark.parametrize("what", list(failing(0)))
 def test_after_an_error(editor: Editor, expected: torch.Tensor, what: str, at: int) -> None:
+    if what == "residuals":
+        CHOSEN.family.needs_control()
+    if what in {"attention", "row"}:
+        CHOSEN.family.needs_style()
     before = state(editor)
     with pytest.raises(PluginError, match=r"custom.*boom") as caught:
         editor.run(IMAGE, a_pass(**failing(at)[what]), seed=5)
@@ -213,7 +217,7 @@ def test_the_callers_grad_mode_is_its_own(editor: Editor) -> None:
 def test_inside_inference_mode(editor: Editor, expected: torch.Tensor) -> None:
     with torch.inference_mode():
         editor.run(IMAGE, a_pass(patches=()), seed=5)
-        latents = editor.run(IMAGE, FOLLOWING, seed=5).latents
+        latents = editor.run(IMAGE, the_following(), seed=5).latents
     assert latents is not None
     assert torch.equal(latents, expected)
 
@@ -237,7 +241,8 @@ def test_a_term_with_an_unknown_name_leaves_nothing(editor: Editor, expected: to
 
 
 def test_control_networks_stay_as_they_are(editor: Editor) -> None:
-    net = testing.tiny_control_net(editor.model.pipe)  # type: ignore[attr-defined]
+    CHOSEN.family.needs_control()
+    net = CHOSEN.family.control_net(editor.model.pipe)  # type: ignore[attr-defined]
     editor._resources["control:net:"] = net
     before = {key: value.clone() for key, value in net.state_dict().items()}
     editor.run(IMAGE, Pass(prompt="x", steps=2, edits=[ControlNet(model="net")]))

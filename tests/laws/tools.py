@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from pydantic import ConfigDict
 
-from diffedit import Contribution, Edit, Editor, Run, testing
+from diffedit import Contribution, Edit, Editor, Run
 from diffedit.plugins import Plugins
+from tests.families import SD, Tiny
 
 
 class Custom(Edit):
@@ -36,15 +39,36 @@ class Other(Custom):
     name: ClassVar[str] = "other"
 
 
+@dataclass
+class Chosen:
+    """The family that tests are about at present; `conftest` says it."""
+
+    family: Tiny = SD
+
+
+CHOSEN = Chosen()
+Made = TypeVar("Made")
+
+
+def per_family(make: Callable[..., Made]) -> Callable[..., Made]:
+    """Make something once for each family and set of arguments."""
+
+    @functools.cache
+    def kept(family: str, *args: Any, **kwargs: Any) -> Made:
+        return make(*args, **kwargs)
+
+    return lambda *args, **kwargs: kept(CHOSEN.family.name, *args, **kwargs)
+
+
 class Watched:
     """An editor that notes every input and output of its denoiser, and every call of its VAE."""
 
     def __init__(self, plugins: Plugins | None = None, **options: Any) -> None:
-        self.editor: Editor = testing.tiny_editor(plugins, **options)
+        self.editor: Editor = CHOSEN.family.editor(plugins, **options)
         model: Any = self.editor.model
         self.model = model
         for number in (1, 2):
-            net = testing.tiny_control_net(self.model.pipe, seed=number)
+            net = CHOSEN.family.control_net(self.model.pipe, seed=number)
             self.editor._resources[f"control:net{number}:"] = net
         self.inputs: list[Any] = []
         self.outputs: list[torch.Tensor] = []

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from diffedit import Editor
 from diffedit.errors import InputError
 from diffedit.sampler import sample
-from diffedit.schedulers import Schedule
+from diffedit.schedule import Schedule
 from diffedit.training import config
 from diffedit.training.config import DenoiserTraining, Objective
 from diffedit.training.denoiser import DenoiserTask
@@ -170,7 +170,7 @@ def test_what_was_learnt_is_sampled_right_by_diffedit_and_diffusers(
             x = scheduler.step(predict(x, t), t, x).prev_sample
         return x
 
-    schedule = Schedule(scheduler_for(objective, new_scheduler()), 12)
+    schedule = Schedule(scheduler_for(objective, new_scheduler()), 12, compat=True)
     assert schedule.prediction_type == "flow_prediction"
 
     def denoise(latents: Tensor, index: int) -> Tensor:

@@ -68,6 +68,7 @@ class Tell:
         files: the pictures that the stack's picks name.
         pictures: all that can be picked from the history.
         faults: all that is wrong; empty: nothing any more.
+        session: what the browser is to say when it comes back.
     """
 
     load: tuple[Stack, Mapping[str, Any]] | None = None
@@ -75,6 +76,7 @@ class Tell:
     pictures: Sequence[Past] | None = None
     faults: Sequence[Fault] | None = None
     hint: Hint | None = None
+    session: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,14 @@ class Composed:
         settings: of the run, unchecked.
         files: the pictures that picks name, by pick.
         asked: the uid of the edit whose hint is asked for.
+        session: the one before, where the page has just been loaded again.
     """
 
     stack: Stack = field(default_factory=Stack)
     settings: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
     asked: str | None = None
+    session: str = ""
 
 
 class _Past(GradioModel):
@@ -122,18 +126,20 @@ class ComposerData(GradioModel):
     pictures: list[_Past] | None = None
     faults: list[dict[str, str]] | None = None
     hint: _Hint | None = None
+    session: str = ""
 
 
 class Composer(Scripted):
     """The settings of a run, and its passes with their edits.
 
     Events: `hint` when the browser wants to see what a preprocessor makes (its handler returns a
-    `Tell` with a `Hint`).
+    `Tell` with a `Hint`), `arrived` when the page has been loaded, for the first time or again.
     """
 
     data_model = ComposerData
     folder = "composer"
     hint = EventListener("hint").listener
+    arrived = EventListener("arrived").listener
 
     def __init__(
         self,
@@ -171,7 +177,7 @@ class Composer(Scripted):
         except (ValueError, AttributeError, RecursionError, InputError):
             raise gr.Error("This is no stack of passes.", print_exception=False) from None
         files = {name: Path(file.path) for name, file in payload.files.items()}
-        return Composed(stack, settings, files, payload.asked)
+        return Composed(stack, settings, files, payload.asked, payload.session)
 
     def postprocess(self, value: Tell | None) -> ComposerData:  # type: ignore[override]
         """Give the browser what a handler returned."""
@@ -198,4 +204,5 @@ class Composer(Scripted):
             ],
             faults=None if value.faults is None else [vars(one) for one in value.faults],
             hint=hint,
+            session=value.session,
         )

@@ -20,8 +20,9 @@ const LAYERS = ["A", "B", "C", "D"];
 /** Changes of structure that can be taken back. */
 const HISTORY = 50;
 const OWN = "own:";
-/** Where the stack lies through a reload of the tab. */
+/** Where the stack with its files, and the name of the session, lie through a reload of the tab. */
 const KEPT = "diffedit.stack";
+const SESSION = "diffedit.session";
 /** On a 24 × 24 grid. */
 const ICONS = {
   up: "M12 19V5M6 11l6-6 6 6",
@@ -29,6 +30,7 @@ const ICONS = {
   copy: "M9 9h11v11H9zM15 9V4H4v11h5",
   remove: "M6 6l12 12M18 6L6 18",
   undo: "M9 5L4 10l5 5M4 10h10a6 6 0 0 1 0 12h-3",
+  redo: "M15 5l5 5-5 5M20 10H10a6 6 0 0 0 0 12h3",
   reset: "M5 4v6h6M5.6 10a8 8 0 1 1-1.4 5",
   random: "M4 4h16v16H4zM8.5 8.5h.01M15.5 8.5h.01M12 12h.01M8.5 15.5h.01M15.5 15.5h.01",
 };
@@ -38,6 +40,8 @@ const my = {
   stack: { settings: {}, passes: [] },
   /** @type {{stack: string, settings: boolean}[]} before each change: JSON; whether settings changed too */
   before: [],
+  /** What was taken back, the last of it at the end. */
+  after: [],
   /** @type {Record<string, object>} pictures of one's own, as Gradio's FileData */
   files: {},
   /** @type {{id: number, title: string, file: {url: string}}[]} of the history */
@@ -120,12 +124,12 @@ const actions = {
     const { list, at } = placed(uid);
     list.splice(at, 1);
   },
-  /** What is typed as a prompt stays. */
+  /** What is typed as a prompt stays, unless the preset says one. */
   preset(key) {
     const { passes } = copied(PRESETS.find((one) => one.key === key));
     const prompt = my.stack.passes[0]?.values.prompt;
     for (const item of items({ passes })) item.uid = newUid();
-    if (prompt && passes[0]) passes[0].values.prompt ||= prompt;
+    if (passes[0]) passes[0].values.prompt ??= prompt ?? "";
     my.stack.passes = passes;
   },
 };
@@ -145,12 +149,19 @@ function change(name, values, focus) {
 
 function remember(stack, settings = false) {
   my.before = [...my.before.slice(1 - HISTORY), { stack, settings }];
+  my.after = [];
 }
 
-/** Take the last change of structure back; what was typed since in what was there before stays. */
-function takeBack() {
-  const last = my.before.pop();
+/** Take the last change of structure back. */
+const takeBack = () => travel(my.before, my.after, "composer-undo");
+/** Make the change that was taken back last once more. */
+const makeAgain = () => travel(my.after, my.before, "composer-redo");
+
+/** To another state; what was typed meanwhile in what is there in both stays. */
+function travel(from, to, focus) {
+  const last = from.pop();
   if (!last) return;
+  to.push({ stack: JSON.stringify(my.stack), settings: last.settings });
   const stack = JSON.parse(last.stack);
   for (const item of items(stack)) {
     const now = find(item.uid);
@@ -158,7 +169,7 @@ function takeBack() {
   }
   if (!last.settings) stack.settings = my.stack.settings;
   my.stack = stack;
-  settle("composer-undo");
+  settle(focus);
 }
 
 function settle(focus) {
@@ -332,13 +343,10 @@ function picked(uid, field, value) {
     show(pick);
   };
   fill(value);
+  const file = make("button", { type: "button" }, say("file"));
+  file.setAttribute("aria-label", say("fileFor", { name: word(field.title) }));
+  file.addEventListener("click", () => chooser.click());
   control.addEventListener("change", () => {
-    if (control.value === "file") {
-      // Until there is a file, what was chosen before holds.
-      control.value = valuesOf(uid)[field.name] ?? "";
-      chooser.click();
-      return;
-    }
     put(uid, field, control.value || undefined);
     show(control.value);
   });
@@ -347,7 +355,7 @@ function picked(uid, field, value) {
     chooser.value = "";
     if (file) my.sending = my.sending.then(() => takes(uid, field, file, fill));
   });
-  return make("div", { class: "picked" }, control, look, chooser);
+  return make("div", { class: "picked" }, control, look, file, chooser);
 }
 
 async function takes(uid, field, file, fill) {
@@ -376,7 +384,6 @@ function picksFor(field, pick) {
   }
   for (const [name, file] of Object.entries(my.files)) found.push([name, file.orig_name || say("inline")]);
   if (pick && !found.some(([key]) => key === pick)) found.push([pick, pick]);
-  found.push(["file", say("file")]);
   return found;
 }
 
@@ -476,19 +483,24 @@ function button(kind, name, act, sign = drawing(ICONS[kind])) {
   return made;
 }
 
+/** Something that is folded away until it is asked for; it stays as it was left. */
+function folded(id, title, inside, open = false) {
+  const more = make("details", { class: "more", id }, make("summary", {}, title), inside);
+  more.open = open || my.open.has(id);
+  more.addEventListener("toggle", () => my.open[more.open ? "add" : "delete"](id));
+  return more;
+}
+
 /** The plain fields, and the others folded. */
 function drawFields(uid, fields) {
   const plain = fields.filter((field) => !field.advanced);
-  const folded = fields.filter((field) => field.advanced);
+  const rest = fields.filter((field) => field.advanced);
   const drawn = plain.map((field) => drawField(uid, field));
-  if (!folded.length) return drawn;
-  const names = new Set(folded.map((field) => field.name));
+  if (!rest.length) return drawn;
+  const names = new Set(rest.map((field) => field.name));
   const wrong = my.faults.some((one) => one.uid === uid && names.has(one.field));
-  const more = make("details", { class: "more", id: `more-${uid}` }, make("summary", {}, say("more")));
-  more.append(make("div", { class: "fields" }, ...folded.map((field) => drawField(uid, field))));
-  more.open = wrong || my.open.has(uid);
-  more.addEventListener("toggle", () => my.open[more.open ? "add" : "delete"](uid));
-  return [...drawn, more];
+  const inside = make("div", { class: "fields" }, ...rest.map((field) => drawField(uid, field)));
+  return [...drawn, folded(`more-${uid}`, say("more"), inside, wrong)];
 }
 
 /** The switch, the name and the buttons of a pass or edit. */
@@ -525,14 +537,16 @@ function drawPass(pass, number) {
   whole.classList.toggle("off", !pass.enabled);
   whole.append(drawHead(pass, title, "h2"), ...drawFields(pass.uid, PASS), ...pass.edits.map(drawEdit));
   const adding = make("div", { class: "adding", role: "group", "aria-label": say("addEdit") });
-  for (const [name, { help }] of Object.entries(EDITS)) {
+  const rare = make("div", { class: "adding", role: "group", "aria-label": say("moreEdits") });
+  for (const [name, { help, advanced }] of Object.entries(EDITS)) {
     const id = `add-${name}-${pass.uid}`;
     const one = button("add", `+ ${name}`, () => change("addEdit", [pass.uid, name], id), `+ ${name}`);
     Object.assign(one, { id, title: word(help) });
     one.classList.add(`add-${name}`);
-    adding.append(one);
+    (advanced ? rare : adding).append(one);
   }
   whole.append(adding);
+  if (rare.childElementCount) whole.append(folded(`rare-${pass.uid}`, say("moreEdits"), rare));
   return whole;
 }
 
@@ -547,15 +561,19 @@ function drawEdit(edit) {
 }
 
 function drawPresets() {
-  const select = make("select", { id: "preset", "aria-label": say("preset") });
-  // Choosing what is chosen already must be possible: the list shows no choice of its own.
-  select.append(make("option", { value: "" }, say("preset")));
-  for (const { key, title } of PRESETS) select.append(make("option", { value: key }, say(title)));
-  select.addEventListener("change", () => select.value && change("preset", [select.value], "preset"));
+  // Buttons, not a list: the arrow keys would choose all that they pass by.
+  const presets = make("div", { class: "presets", role: "group", "aria-label": say("preset") });
+  for (const { key, title } of PRESETS) {
+    const id = `preset-${key}`;
+    const one = make("button", { type: "button", id }, say(title));
+    one.addEventListener("click", () => change("preset", [key], id));
+    presets.append(one);
+  }
   const undo = button("undo", say("takeBack"), takeBack);
-  undo.id = "composer-undo";
-  undo.disabled = !my.before.length;
-  return make("div", { class: "starting" }, select, undo);
+  Object.assign(undo, { id: "composer-undo", disabled: !my.before.length });
+  const redo = button("redo", say("makeAgain"), makeAgain);
+  Object.assign(redo, { id: "composer-redo", disabled: !my.after.length });
+  return make("div", { class: "starting" }, presets, undo, redo);
 }
 
 function draw() {
@@ -575,11 +593,7 @@ function publish(more = {}) {
   const used = new Set(items(my.stack).flatMap((item) => Object.values(item.values)));
   const files = Object.fromEntries(Object.entries(my.files).filter(([name]) => used.has(name)));
   const stack = JSON.stringify({ settings, passes });
-  try {
-    sessionStorage.setItem(KEPT, stack);
-  } catch {
-    // Full, or forbidden: then a reload begins anew.
-  }
+  keep(KEPT, JSON.stringify({ stack: { settings, passes }, files }));
   props.value = copied({ stack, files, asked: null, ...more });
 }
 
@@ -587,6 +601,7 @@ function publish(more = {}) {
 function receive() {
   const value = copied(props.value ?? {});
   if (!value.told) return;
+  if (value.session) keep(SESSION, value.session);
   const load = value.stack ? JSON.parse(value.stack) : null;
   if (load) {
     remember(JSON.stringify(my.stack), true);
@@ -657,26 +672,37 @@ document.addEventListener(
 // For what is said in the page's own language without a script.
 document.documentElement.lang = TONGUE;
 
-/** What was on the page before it was loaded again, as after a broken connection. */
-function restored() {
+function keep(name, text) {
   try {
-    const { settings, passes } = JSON.parse(sessionStorage.getItem(KEPT));
-    for (const edit of passes.flatMap((one) => one.edits)) {
-      // Pictures of before are not here any more; masks are painted anew.
-      for (const [name, value] of Object.entries(edit.values)) {
-        if (/^(own|result):/.test(value)) delete edit.values[name];
-      }
-    }
-    return passes.length ? { settings, passes } : null;
+    sessionStorage.setItem(name, text);
+  } catch {
+    // Full, or forbidden: then a reload begins anew.
+  }
+}
+
+function kept(name) {
+  try {
+    return sessionStorage.getItem(name);
   } catch {
     return null;
   }
 }
 
-const kept = restored();
-if (kept) my.stack = kept;
+/** What was on the page before it was loaded again, as after a broken connection. */
+function restored() {
+  try {
+    const { stack, files } = JSON.parse(kept(KEPT));
+    return stack.passes.length ? { stack, files } : null;
+  } catch {
+    return null;
+  }
+}
+
+const before = restored();
+if (before) Object.assign(my, before);
 else actions.preset(PRESETS[0].key);
-publish();
+publish({ session: kept(SESSION) ?? "" });
 draw();
 watch("value", receive);
-window.diffedit = { ...window.diffedit, composer: { flush, stack: () => copied(my.stack), change, takeBack } };
+trigger("arrived", {});
+window.diffedit = { ...window.diffedit, composer: { flush, stack: () => copied(my.stack), change, takeBack, makeAgain } };

@@ -71,7 +71,7 @@ def app(
         raise RuntimeError("GRADIO_TEMP_DIR must be the sessions' root before the page is built")
     # Otherwise a POST to /run passes the queue. Calling `queue` would undo what the page chose.
     blocks.api_open = False
-    blocks._queue.max_size = min(blocks._queue.max_size or options.max_jobs, options.max_jobs)
+    blocks._queue.max_size = None  # it would count all jobs as one line; `Calls` knows better
     blocks.state_session_capacity = 4 * options.max_pages_each
     gate = Gate(blocks, options, sessions)
 

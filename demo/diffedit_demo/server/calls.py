@@ -105,25 +105,22 @@ class Calls(Middleware):
         session = data.get("session_hash")
         match way, name:
             case "call/v2", _:  # the arguments by name, and nothing else
-                self._check_name(name)
-                self._check_place(visitor)
+                self._check_place(visitor, self._named(name))
                 return
             case "call", _:
                 if session is not None:
                     self.gate.claim(visitor, session)
-                self._check_name(name)
-                self._check_place(visitor)
+                self._check_place(visitor, self._named(name))
             case (("run" | "api"), _):
                 if session is not None:
                     self.gate.claim(visitor, session)
                 if data.get("fn_index") is not None:
-                    self._check_function(visitor, data)
+                    self._numbered(visitor, data)
                 else:
-                    self._check_name(name)
+                    self._named(name)
             case "queue", "join":
                 self.gate.claim(visitor, session)
-                self._check_function(visitor, data)
-                self._check_place(visitor)
+                self._check_place(visitor, self._numbered(visitor, data))
             case "", "cancel":
                 self.gate.claim(visitor, session)
                 self._check_cancel(data)
@@ -133,31 +130,33 @@ class Calls(Middleware):
         for key in ("batched", "oauth_token", "simple_format"):
             data.pop(key, None)
 
-    def _check_name(self, name: str) -> None:
-        if self.gate.named(name) is None:
+    def _named(self, name: str) -> Any:
+        function = self.gate.named(name)
+        if function is None:
             raise Refused(404, "there is no endpoint of that name")
+        return function
 
-    def _check_function(self, visitor: Visitor, data: dict[str, Any]) -> None:
+    def _numbered(self, visitor: Visitor, data: dict[str, Any]) -> Any:
         function = self.gate.function(data.get("session_hash"), data.get("fn_index"))
         if function is None:
             raise Refused(404, "there is no function of that number")
         if function.api_visibility == "private" and not visitor.page:
             raise Refused(403, "this function is the page's own")
+        return function
 
     def _check_cancel(self, data: dict[str, Any]) -> None:
         event = self.gate.blocks._queue.event_ids_to_events.get(str(data.get("event_id")))
         if event is not None and event.session_hash != data["session_hash"]:
             raise Refused(403, "this job is somebody else's")
 
-    def _check_place(self, visitor: Visitor) -> None:
+    def _check_place(self, visitor: Visitor, function: Any) -> None:
         options = self.gate.options
         pending = sum(map(self.gate.pending, self.gate.sessions.of(visitor.key)))
         if self.gate.waiting(visitor) >= options.max_jobs_each or pending >= 256:
             raise Refused(429, f"{options.max_jobs_each} of your jobs wait already", wait=5)
-        most = self.gate.blocks._queue.max_size or options.max_jobs
-        if len(self.gate.blocks._queue) >= most:
+        if self.gate.line(function) >= options.max_jobs:
             # Gradio's own answer, with when to come back.
-            raise Refused(503, f"{most} jobs wait already, try again soon", wait=10)
+            raise Refused(503, f"{options.max_jobs} jobs wait already, try again soon", wait=10)
 
 
 _FRAMING = {b"content-length", b"content-type", b"transfer-encoding", b"content-encoding"}

@@ -157,6 +157,12 @@ class Gate:
         queues = self.blocks._queue.event_queue_per_concurrency_id.values()
         return sum(event.session_hash in mine for queue in queues for event in queue.queue)
 
+    def line(self, function: Any) -> int:
+        """Jobs that have not begun and wait for the same as that function does."""
+        queues = self.blocks._queue.event_queue_per_concurrency_id
+        found = queues.get(function.concurrency_id)
+        return len(found.queue) if found else 0
+
     def function(self, session_hash: str | None, at: object) -> Any:
         """The function of that number, on the page or rendered for one session; None if none."""
         if not isinstance(at, int) or isinstance(at, bool):
@@ -193,11 +199,11 @@ class Gate:
                 log.exception("clean-up failed")
 
     def _sweep(self) -> list[str]:
-        for session_hash in list(self._open):
-            # A page that is open keeps its files, and those it was given, however long it rests.
-            owner = self.sessions.owner_of(session_hash)
+        # A page that is open keeps its files, and those it was given, however long it rests.
+        owners = {self.sessions.owner_of(session_hash) for session_hash in list(self._open)}
+        for session_hash in (*self._open, *(f"uploads:{owner}" for owner in owners)):
             self.sessions.touch(session_hash)
-            self.sessions.touch(f"uploads:{owner}")
+        kept = self._public | {path for owner, path in list(self._told) if owner in owners}
         limit = time.time() - max(self.sessions.keep_seconds, BODY_SECONDS)
         for place in self.sessions.root.iterdir():
             if place.name in self.sessions.folders():
@@ -205,7 +211,7 @@ class Gate:
             for file in (place, *place.rglob("*")):
                 with contextlib.suppress(OSError):
                     old = file.is_file() and file.stat().st_mtime < limit
-                    if old and str(file) not in self._public:
+                    if old and str(file) not in kept:
                         file.unlink()
             with contextlib.suppress(OSError):
                 place.rmdir()  # refuses one that is not empty

@@ -16,7 +16,7 @@ class Options:
         users: name -> password; empty where nobody has to log in.
         models: ids and folders offered besides the embedded model.
         max_upload: bytes that one upload may bring.
-        max_jobs: jobs that may wait altogether.
+        max_jobs: jobs that may wait in each line: for the model, for the pictures of desks, …
         max_jobs_each: jobs of one visitor that may wait.
         max_pages_each: pages of one visitor that may be open.
     """
@@ -30,7 +30,7 @@ class Options:
     dtype: str | None = None
     mcp: bool = False
     max_upload: int = 50 << 20
-    max_jobs: int = 64
+    max_jobs: int = 24
     max_jobs_each: int = 16
     max_pages_each: int = 64
 

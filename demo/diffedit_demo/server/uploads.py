@@ -22,8 +22,6 @@ from diffedit_demo.server.gate import Gate, Visitor
 from diffedit_demo.server.middleware import Middleware
 from diffedit_demo.sessions import QuotaError
 
-WORKFLOW_BYTES = 1 << 20
-
 
 class Uploads(Middleware):
     """Keeps pictures and workflows, by what is in them, and gives each to its owner alone.
@@ -109,8 +107,7 @@ def kind_of(path: Path) -> str:
     """The suffix that belongs to an upload, by its first bytes; nothing is decoded.
 
     Raises:
-        Refused: 415, it is no picture that diffedit reads, and no workflow; 413, it is too long a
-            workflow.
+        Refused: 415, it is no picture that diffedit reads, and no workflow.
     """
     with path.open("rb") as file:
         head = file.read(32)
@@ -123,8 +120,6 @@ def kind_of(path: Path) -> str:
         return ".bmp"
     suffix = path.suffix.lower()
     if suffix in (".yaml", ".yml", ".json"):
-        if path.stat().st_size > WORKFLOW_BYTES:
-            raise Refused(413, f"a workflow of more than {WORKFLOW_BYTES >> 20} MB")
         with contextlib.suppress(UnicodeDecodeError):
             text = path.read_bytes().decode("utf-8-sig")
             if "\0" not in text and not text.lstrip().startswith("<"):

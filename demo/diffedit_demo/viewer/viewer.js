@@ -17,6 +17,10 @@ for (const one of root.querySelectorAll("[data-text]")) one.textContent = say(on
 function show() {
   const value = props.value ?? {};
   const mode = value.preview ? "preview" : value.after ? (value.before ? "compare" : "alone") : "empty";
+  // On a phone Run is pressed far below: what forms is brought into view, once a run.
+  if (mode === "preview" && root.dataset.mode !== "preview" && matchMedia("(max-width: 640px)").matches) {
+    root.scrollIntoView({ block: "start" });
+  }
   root.dataset.mode = mode;
   set("holding", false);
   set("differing", false);

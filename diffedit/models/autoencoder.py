@@ -1,0 +1,102 @@
+"""Autoencoders: what their latents are like, and another one in the place of a model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from diffedit.errors import ModelError, nearest
+from diffedit.models import hub, loading, single_file
+from diffedit.models.files import header, read_json, some
+
+#: Small ones that were distilled from those of a class, and make latents of the same kind.
+SMALL = {"AutoencoderKL": "AutoencoderTiny"}
+
+
+def grain(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Pixels to a side of a latent cell, and channels of one, by an autoencoder's settings."""
+    names = ("encoder_block_out_channels", "block_out_channels", "dim_mult")
+    stages = next(settings[name] for name in names if settings.get(name))
+    return 2 ** (len(stages) - 1), settings.get("latent_channels") or settings["z_dim"]
+
+
+def drawn(made: Any, generator: torch.Generator | None = None) -> Tensor:
+    """The mean of what an autoencoder makes of a picture, or a sample with a generator.
+
+    Some (AutoencoderDC, AutoencoderTiny) make one thing of a picture, which is then both.
+    """
+    if not hasattr(made, "latent_dist"):
+        return cast(Tensor, made.latent if hasattr(made, "latent") else made.latents)
+    posterior = made.latent_dist
+    return cast(Tensor, posterior.mode() if generator is None else posterior.sample(generator))
+
+
+def load_autoencoder(source: str, model: str, config: str | None, dtype: torch.dtype) -> Any:
+    """Load an autoencoder for a model that comes with another.
+
+    Args:
+        source: its folder, a model's folder of which it is the ``vae``, a hub id, or a
+            ``.safetensors`` file in any layout, to which the model's settings apply.
+        model: the folder or single file of the model.
+        config: what a single file lacks; see `loading.load`.
+        dtype: to compute in.
+
+    Raises:
+        UnsafeWeights: the weights are pickled.
+        ModelError: there is none, or its latents are not those of the model's own.
+    """
+    folder = Path(model)
+    if folder.is_file():
+        folder = loading._place(
+            config or single_file._published(folder, header(folder)), frozenset()
+        )
+    own = read_json(folder / "vae" / "config.json")
+    path = Path(loading._resolved(source))
+    loading.check_file(path)
+    if path.is_file():
+        return _from_file(path, own, folder / "vae", dtype)
+    if (path / "vae" / "config.json").is_file() and not (path / "config.json").is_file():
+        path = path / "vae"
+    if not path.is_dir() and not hub.could_be(str(path)):
+        there = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ModelError(f"{source}: no such folder or file{nearest(path.name, there)}")
+    name, takes = loading.network_class(str(path)), str(own.get("_class_name"))
+    if name not in (takes, SMALL.get(takes)):
+        raise ModelError(f"{source}: holds a {name}, and the model's autoencoder is a {takes}")
+    its = (
+        read_json(path / "config.json")
+        if path.is_dir()
+        else hub.find(str(path)).read("config.json")
+    )
+    (cell, channels), (wanted_cell, wanted) = grain(its), grain(own)
+    if (cell, channels) != (wanted_cell, wanted):
+        raise ModelError(
+            f"{source}: does not fit the model: its latents have {channels} channels and cells of"
+            f" {cell} pixels, those that the denoiser takes have {wanted} and cells of"
+            f" {wanted_cell}"
+        )
+    return loading.pretrained(_class(str(name)), str(path), dtype=dtype)
+
+
+def _from_file(path: Path, own: Mapping[str, Any], settings: Path, dtype: torch.dtype) -> Any:
+    """An autoencoder in one file, whose settings are those of the model's own."""
+    cls = _class(str(own.get("_class_name")))
+    if not hasattr(cls, "from_single_file"):
+        raise ModelError(f"{path}: a {cls.__name__} is not read from a single file: name a folder")
+    vae = loading.pretrained(cls, str(path), config=str(settings), dtype=dtype)
+    if lost := [name for name, one in vae.named_parameters() if one.is_meta]:
+        raise ModelError(f"{path}: is no autoencoder for this model: it lacks {some(lost)}")
+    return vae
+
+
+def _class(name: str) -> Any:
+    import diffusers
+
+    return getattr(diffusers, name)
+
+
+__all__ = ["drawn", "grain", "load_autoencoder"]

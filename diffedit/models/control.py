@@ -1,0 +1,100 @@
+"""Control networks: finding the right class, checking that one fits, and unions of several."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diffedit.errors import ModelError, ParameterError, nearest
+from diffedit.models import loading
+
+
+@dataclass(frozen=True)
+class InMode:
+    """A union of control networks, and which of them is meant.
+
+    Attributes:
+        net: the union.
+        number: of the kind of hint.
+    """
+
+    net: Any
+    number: int
+
+
+def load(
+    source: str, classes: Sequence[type], denoiser: Any, kinship: Sequence[str], **options: Any
+) -> Any:
+    """Load a control network for a denoiser.
+
+    Args:
+        source: a folder, a hub id, or a single file (of the first class).
+        classes: what the family has.
+        denoiser: that it is to lead.
+        kinship: settings that both share.
+        options: as of `from_pretrained`.
+
+    Raises:
+        ModelError: it cannot be loaded, or was made for another model.
+    """
+    cls = _class(source, classes)
+    net: Any = loading.pretrained(cls, source, **options)
+    if (said := net.config.get("conditioning_channels", 3)) != 3:
+        raise ModelError(f"{source}: this control network wants hints of {said} channels, not 3")
+    if more := net.config.get("extra_conditioning_channels"):
+        raise ModelError(
+            f"{source}: this control network wants {more} further channels, such as a mask,"
+            " which is not supported"
+        )
+    for key in kinship:
+        if key not in net.config:
+            continue
+        # A config from a file has lists where one from a constructor has tuples.
+        mine, its = (json.dumps(part.config[key]) for part in (denoiser, net))
+        if mine != its:
+            raise ModelError(
+                f"{source}: this control network was made for another model: its {key} is"
+                f" {its}, the loaded model's is {mine}"
+            )
+    return net.to(denoiser.device).eval().requires_grad_(False)
+
+
+def _class(source: str, classes: Sequence[type]) -> type:
+    """Which of some classes a folder or a repository holds; the first, where that is not known."""
+    first: Any = classes[0]
+    if len(classes) == 1:
+        return first  # type: ignore[no-any-return]
+    try:
+        said = loading.network_class(source)
+    except ModelError:  # whatever is wrong with it is said when it is loaded
+        return first  # type: ignore[no-any-return]
+    return next((one for one in classes if one.__name__ == said), first)
+
+
+def in_mode(net: Any, kind: str, mode: int | None, modes: Mapping[str, int]) -> Any:
+    """A control network for a kind of hint: of a union the one that was trained on it.
+
+    Args:
+        mode: its number; None: by the kind.
+        modes: the numbers of kinds.
+
+    Raises:
+        ParameterError: there is no such mode.
+    """
+    said = getattr(net, "config", {})
+    count = said.get("num_control_type") or said.get("num_mode")
+    if not count:
+        if mode is not None:
+            raise ParameterError("controlnet: mode is for unions of control networks only")
+        return net
+    number = modes.get(kind) if mode is None else mode
+    if number is None:
+        raise ParameterError(
+            "controlnet: this is a union of control networks, and which is meant does not follow"
+            f" from the kind {kind!r}{nearest(kind, modes)}: give mode, from 0 to {count - 1}"
+        )
+    if not 0 <= number < count:
+        raise ParameterError(f"controlnet: mode {number}: this union's are 0 to {count - 1}")
+    return InMode(net, number)

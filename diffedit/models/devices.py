@@ -1,0 +1,67 @@
+"""Where models compute, and in which type: what people call them, and what they get unasked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from diffedit.errors import ModelError, nearest
+from diffedit.models.files import first_line
+
+if TYPE_CHECKING:
+    import torch
+
+    from diffedit.models.protocol import ModelFamily
+
+#: Types in which the denoiser's weights are held only; see `precision.narrow`.
+NARROW = {"float8": "float8_e4m3fn", "fp8": "float8_e4m3fn"}
+_DTYPES = {"float32": "float32", "fp32": "float32", "float16": "float16", "fp16": "float16",
+           "bfloat16": "bfloat16", "bf16": "bfloat16"}  # fmt: skip
+
+
+def chosen(device: str | torch.device | None) -> torch.device:
+    """The device of that name; None: the first accelerator there is, else the CPU.
+
+    Raises:
+        ModelError: it cannot be used here.
+    """
+    import torch
+
+    if device is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except Exception as error:
+        raise ModelError(
+            f"device {str(device)!r} cannot be used here ({first_line(error)})"
+        ) from error
+    return found
+
+
+def named(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The type of that name, or as it was given.
+
+    Raises:
+        ModelError: there is none.
+    """
+    import torch
+
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in _DTYPES:
+        raise ModelError(f"unknown dtype {dtype!r}{nearest(dtype, {*_DTYPES, *NARROW})}")
+    return getattr(torch, _DTYPES[dtype])  # type: ignore[no-any-return]
+
+
+def usual(family: ModelFamily, on: torch.device) -> torch.dtype:
+    """What a family computes in where nobody says otherwise."""
+    import torch
+
+    if on.type == "cpu":
+        return torch.float32
+    # What was trained in bfloat16 overflows float16; old devices have nothing else.
+    old = on.type == "cuda" and not torch.cuda.is_bf16_supported()
+    half = "float16" if old else getattr(family, "half", "float16")
+    return getattr(torch, half)  # type: ignore[no-any-return]

@@ -1,0 +1,266 @@
+"""IP-Adapter: a picture as a prompt, by cross-attention of its own beside the text's.
+
+Ye et al. 2023, "IP-Adapter: Text Compatible Image Prompt Adapter for Text-to-Image Diffusion
+Models" (arXiv:2308.06721), eq. 5, for the UNets of Stable Diffusion and its XL. What it adds goes
+through attention terms, so that nothing of the denoiser is replaced and any number act together.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import ImageProjection
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+from diffedit.attention import QKV, Addition, Beside, Site
+from diffedit.errors import ModelError
+from diffedit.models import loading
+from diffedit.models.files import first_line, header
+from diffedit.models.precision import computing
+from diffedit.models.weights import weights_file
+from diffedit.rows import RowMap
+
+#: The folder beside an adapter's file that holds what it sees pictures with.
+ENCODER = "image_encoder"
+_KINDS = ("image_proj", "ip_adapter")
+
+
+class IPAdapter:
+    """An adapter, ready for the denoiser that it was loaded for.
+
+    Args:
+        projection: makes the tokens that are attended to of what the encoder sees.
+        encoder: sees pictures.
+        keys_values: weights that make keys and values of tokens, by attention module.
+    """
+
+    def __init__(
+        self,
+        projection: torch.nn.Module,
+        encoder: torch.nn.Module,
+        keys_values: Mapping[str, tuple[Tensor, Tensor]],
+    ) -> None:
+        self.projection, self.encoder, self.keys_values = projection, encoder, keys_values
+        config: Any = encoder.config
+        self.processor = CLIPImageProcessor(size=config.image_size, crop_size=config.image_size)
+
+    def seen(self, rgb: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
+        """What the encoder sees of a picture ``(h, w, 3)``, uint8, and of none at all."""
+        weight = next(self.encoder.parameters())
+        pixels = self.processor(Image.fromarray(rgb), return_tensors="pt").pixel_values
+        pixels = pixels.to(weight.device, weight.dtype)
+        if isinstance(self.projection, ImageProjection):  # the other kinds see patches
+            whole: Tensor = self.encoder(pixels).image_embeds
+            return whole, torch.zeros_like(whole)
+        patches, none = (
+            self.encoder(one, output_hidden_states=True).hidden_states[-2]
+            for one in (pixels, torch.zeros_like(pixels))
+        )
+        return patches, none
+
+    def term(
+        self,
+        rgb: np.ndarray[Any, Any],
+        weight: float,
+        mask: Tensor | None = None,
+    ) -> Addition:
+        """The attention, beside that to the text, which adds what a picture says.
+
+        Args:
+            rgb: the picture ``(h, w, 3)``, uint8.
+            weight: how much is added.
+            mask: where, ``(1, 1, h, w)`` of the working size, 1 = there; None: everywhere.
+        """
+        seen = functools.cache(lambda: self.seen(rgb))
+        tokens: dict[RowMap, Tensor] = {}
+        made: dict[tuple[str, RowMap, int], Beside] = {}
+
+        def beside(qkv: QKV, site: Site) -> Beside | None:
+            if site.name not in self.keys_values:
+                return None
+            key = site.name, site.rows, qkv.q.shape[2]
+            if key not in made:
+                if site.rows not in tokens:
+                    tokens[site.rows] = self._tokens(seen(), site.rows)
+                made[key] = self._beside(qkv, site, tokens[site.rows], weight, mask)
+            return made[key]
+
+        return beside
+
+    def _tokens(self, seen: tuple[Tensor, Tensor], rows: RowMap) -> Tensor:
+        """What each row is shown, ``(rows, tokens, d)``: guidance leads away from no picture."""
+        shown, none = seen
+        return cast(
+            Tensor, self.projection(torch.cat([none if k.negative else shown for k in rows.keys]))
+        )
+
+    def _beside(
+        self, qkv: QKV, site: Site, tokens: Tensor, weight: float, mask: Tensor | None
+    ) -> Beside:
+        heads = qkv.q.shape[1]
+        k, v = (
+            F.linear(tokens, one).unflatten(2, (heads, -1)).transpose(1, 2)
+            for one in self.keys_values[site.name]
+        )
+        where = None
+        if mask is not None:
+            where = at_tokens(mask, qkv.q.shape[2]).to(qkv.q)[..., None]
+        if any(row.reference is not None for row in site.rows.keys):  # they are what they are
+            canvas = site.rows.is_canvas(k.device)[:, None, None, None].to(qkv.q)
+            where = canvas if where is None else where * canvas
+        return Beside(k, v, weight, where)
+
+
+def at_tokens(mask: Tensor, tokens: int) -> Tensor:
+    """A mask ``(1, 1, h, w)`` at the tokens of one level of a UNet: ``(1, 1, tokens)``.
+
+    Each level halves the sides, rounded up.
+    """
+    height, width = mask.shape[-2:]
+    while height * width > tokens:
+        height, width = -(-height // 2), -(-width // 2)
+    if height * width != tokens:
+        raise ModelError(
+            f"a mask of {mask.shape[-1]}x{mask.shape[-2]} does not fit {tokens} tokens"
+        )
+    return F.interpolate(mask, (height, width), mode="bicubic").flatten(2)
+
+
+def load_ip_adapter(
+    source: str,
+    unet: Any,
+    encoder: str | None,
+    own: torch.nn.Module | None,
+    load: Callable[[str, Callable[[], Any]], Any],
+) -> IPAdapter:
+    """Load an adapter for a UNet.
+
+    Args:
+        source: its ``.safetensors`` file.
+        unet: that it is to act on.
+        encoder: folder of the image encoder it was trained with; None: ``image_encoder`` beside
+            the file, or beside its folder.
+        own: the image encoder that the loaded model brings itself, for want of another.
+        load: as `Run.resource`: adapters share encoders.
+
+    Raises:
+        ModelError: it is no adapter, or was made for another model.
+    """
+    file = weights_file(source, beside=ENCODER)
+    parts = _read(file)
+    cross = [name for name in unet.attn_processors if not name.endswith("attn1.processor")]
+    keys_values = _keys_values(file, parts["ip_adapter"], cross, unet)
+    where = _encoder(file, encoder)
+    if where is not None:
+        folder = str(where)
+        sees = load(f"image encoder:{folder}", lambda: _load_encoder(folder, unet))
+    elif own is not None:
+        sees = own
+    else:
+        raise ModelError(
+            f"{file}: no folder {ENCODER} beside it: name the image encoder that it was trained"
+            " with (ip_adapter: encoder)"
+        )
+    return IPAdapter(_projection(file, parts["image_proj"], unet, sees), sees, keys_values)
+
+
+def _read(file: Path) -> dict[str, dict[str, Tensor]]:
+    header(file)
+    parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in _KINDS}
+    with safe_open(file, framework="pt", device="cpu") as opened:
+        for key in opened.keys():  # noqa: SIM118 - not a mapping
+            kind, _, rest = key.partition(".")
+            if kind in parts:
+                parts[kind][rest] = opened.get_tensor(key)
+    if not all(parts.values()):
+        raise ModelError(
+            f"{file}: not an IP-Adapter, whose weights are named image_proj.… and ip_adapter.…"
+        )
+    return parts
+
+
+def _keys_values(
+    file: Path, weights: Mapping[str, Tensor], cross: list[str], unet: Any
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The weights by attention module; files count all modules, of which every other is cross."""
+    found = {}
+    like = _like(unet)
+    for number, name in enumerate(cross):
+        site = name.removesuffix(".processor")
+        pair = [weights.get(f"{2 * number + 1}.to_{part}_ip.weight") for part in "kv"]
+        wanted = unet.get_submodule(site).to_k.weight.shape
+        for one in pair:
+            if one is None or one.shape != wanted:
+                its = "nothing" if one is None else "x".join(map(str, one.shape))
+                raise ModelError(
+                    f"{file}: this IP-Adapter was made for another model: for {site} it has {its},"
+                    f" the loaded model's is {'x'.join(map(str, wanted))}"
+                )
+        found[site] = cast(tuple[Tensor, Tensor], tuple(one.to(**like) for one in pair))  # type: ignore[union-attr]
+    if len(weights) > 2 * len(found) and any(".to_k_ip" in k for k in _beyond(weights, len(found))):
+        raise ModelError(
+            f"{file}: this IP-Adapter was made for another model: it has weights for more"
+            f" attention modules than the loaded model's {len(found)}"
+        )
+    return found
+
+
+def _beyond(weights: Mapping[str, Tensor], count: int) -> list[str]:
+    return [key for key in weights if int(key.partition(".")[0]) > 2 * count]
+
+
+def _projection(
+    file: Path, weights: dict[str, Tensor], unet: Any, encoder: torch.nn.Module
+) -> torch.nn.Module:
+    if "norm.weight" in weights and "proj.3.weight" not in weights and "proj.weight" not in weights:
+        raise ModelError(
+            f"{file}: an IP-Adapter of faces, which wants a face's embedding and not a picture:"
+            " not supported"
+        )
+    try:
+        with torch.random.fork_rng(devices=[]):  # it is made of random numbers first
+            make = unet._convert_ip_adapter_image_proj_to_diffusers
+            made: torch.nn.Module = make(weights, low_cpu_mem_usage=False)
+    except (KeyError, ValueError, RuntimeError) as error:
+        said = first_line(error)
+        raise ModelError(f"{file}: not an IP-Adapter that is known ({said})") from error
+    config: Any = encoder.config
+    width = config.projection_dim if isinstance(made, ImageProjection) else config.hidden_size
+    wanted = next(w for n, w in made.named_parameters() if w.ndim == 2 and "latents" not in n)
+    if wanted.shape[1] != width:
+        raise ModelError(
+            f"{file}: this IP-Adapter was trained with another image encoder: it takes"
+            f" {wanted.shape[1]} numbers, and this one gives {width}"
+        )
+    return made.to(**_like(unet)).eval().requires_grad_(False)
+
+
+def _like(unet: Any) -> dict[str, Any]:
+    """Where a UNet is, and what it computes in."""
+    return {"device": next(unet.parameters()).device, "dtype": computing(unet)}
+
+
+def _encoder(file: Path, named: str | None) -> Path | None:
+    if named is not None:
+        where = Path(os.path.expanduser(named))  # noqa: PTH111 - as everywhere
+        if not (where / "config.json").is_file():
+            raise ModelError(f"{where}: no folder of an image encoder, which has a config.json")
+        return where
+    beside = (file.parent / ENCODER, file.parent.parent / ENCODER)
+    return next((one for one in beside if (one / "config.json").is_file()), None)
+
+
+def _load_encoder(folder: str, unet: Any) -> torch.nn.Module:
+    like = _like(unet)
+    made = loading.pretrained(CLIPVisionModelWithProjection, folder, dtype=like["dtype"])
+    return cast(torch.nn.Module, made.to(like["device"]).eval().requires_grad_(False))

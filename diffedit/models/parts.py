@@ -1,0 +1,319 @@
+"""The parts of a model's folder, checked against what their configurations promise."""
+
+from __future__ import annotations
+
+import importlib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffedit.errors import ModelError
+from diffedit.models.files import (
+    check_weights,
+    first_line,
+    header,
+    read_json,
+    some,
+    variant_of,
+    weights,
+)
+
+#: Parts that a folder may have and that diffedit does not use.
+UNUSED = frozenset({"safety_checker"})
+#: What libraries call a file of weights.
+STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+
+
+def named(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """The parts that a model_index.json names, each with its library and class."""
+    return {
+        name: (entry[0], entry[1])
+        for name, entry in index.items()
+        if isinstance(entry, list)
+        and len(entry) == 2
+        and all(isinstance(one, str) for one in entry)
+        and not name.startswith("_")
+        and name not in UNUSED
+    }
+
+
+def check_folder(
+    folder: Path, pipeline: Any, variant: str | None, given: set[str], dtype: Any = None
+) -> dict[str, Blueprint]:
+    """Refuse a model's folder whose files are not what they say; reads no weights.
+
+    Args:
+        folder: with a model_index.json.
+        pipeline: the class of diffusers that bundles the parts.
+        variant: of weights that is preferred.
+        given: parts that are not taken from the folder.
+        dtype: that they are to be used in, or those of some by name; see `kind_of`.
+
+    Returns:
+        What diffusers makes of the configurations, for `filled`; text encoders are transformers'.
+
+    Raises:
+        ModelError: names the file and what is wrong in it.
+    """
+    blueprints: dict[str, Blueprint] = {}
+    index = folder / "model_index.json"
+    its = read_json(index).get("_class_name")
+    if isinstance(its, list) and its and (folder / f"{its[0]}.py").exists():
+        raise ModelError(
+            f"{index}: its pipeline is {its[0]}.py, a program of its own, which diffedit does not"
+            f" run: take the file away to have it loaded as {its[-1]}"
+        )
+    hints = typing.get_type_hints(pipeline.__init__)
+    for name, (library, cls_name) in named(read_json(index)).items():
+        if name in given or name not in hints:
+            continue
+        part = folder / name
+        if not part.is_dir():
+            raise ModelError(f"{part}: missing; {index} names a {cls_name} there")
+        if (cls := _today(find_class(library, cls_name), part)) is None:
+            if library in STEMS or not _of_diffusers(library):
+                raise ModelError(
+                    f"{index}: {name} is a {library}.{cls_name}, which is of neither diffusers nor"
+                    " transformers as they are installed here"
+                )
+            continue
+        if name in ("unet", "transformer") and not _fits(cls, hints[name]):
+            raise ModelError(
+                f"{index}: {name} is a {cls_name}, which is no denoiser of a {pipeline.__name__}"
+            )
+        if holds_weights(cls):
+            made = check_part(part, cls, variant, kind_of(dtype, name))
+            blueprints |= {} if made is None else {name: made}
+    return blueprints
+
+
+def kind_of(dtype: Any, name: str) -> Any:
+    """The type of one part, where several may have been named."""
+    return dtype.get(name, dtype["default"]) if isinstance(dtype, dict) else dtype
+
+
+def own_code(folder: Path) -> list[str]:
+    """The files of a model that are programs, or that ask for some to be run."""
+    if not folder.is_dir():
+        return []
+    found = [file for place in ("*.py", "*/*.py") for file in folder.glob(place)]
+    found += [file for file in folder.glob("*/*config.json") if "auto_map" in read_json(file)]
+    return sorted(file.relative_to(folder).as_posix() for file in found)
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A network without its weights, and the files that hold them.
+
+    Attributes:
+        network: as its configuration makes it.
+        files: of weights.
+        dtype: that it is made in.
+    """
+
+    network: Any
+    files: Sequence[Path]
+    dtype: Any
+
+
+def check_part(
+    folder: Path, cls: Any, variant: str | None = None, dtype: Any = None
+) -> Blueprint | None:
+    """Refuse one network's folder whose files are not what they say; reads no weights.
+
+    Returns:
+        What diffusers makes of it; None: it is transformers'.
+
+    Raises:
+        ModelError: names the file and what is wrong in it.
+    """
+    settings = folder / "config.json"
+    config = read_json(settings) if settings.is_file() else None
+    if config is None:
+        raise ModelError(f"{settings}: missing; it says what the weights beside it are")
+    files = weights(folder, STEMS["diffusers" if is_diffusers(cls) else "transformers"], variant)
+    found = {name: tensor for file in files for name, tensor in header(file).items()}
+    if method := config.get("quantization_config"):
+        _refuse_quantised(settings, method)
+    elif is_diffusers(cls):
+        check_class(folder, cls)
+        where = files[0] if len(files) == 1 else folder
+        network = blueprint(cls, config, settings, dtype)
+        if len(files) == 1:  # names of old files, as diffusers itself mends them
+            network._fix_state_dict_keys_on_load(found)
+        check_weights(where, found, shapes(network))
+        network.register_to_config(_name_or_path=str(folder))
+        return Blueprint(network, files, dtype)
+    return None
+
+
+def filled(made: Blueprint) -> Any:
+    """A network with its weights, as `from_pretrained` makes it, which would build it once more."""
+    from safetensors.torch import load_file
+
+    network, dtype = made.network, made.dtype
+    finer = set(network._keep_in_fp32_modules or ())
+    for file in made.files:
+        state = load_file(file)
+        if len(made.files) == 1:
+            network._fix_state_dict_keys_on_load(state)
+        for name, value in state.items():
+            if value.is_floating_point() and dtype is not None:
+                kind = torch.float32 if finer.intersection(name.split(".")) else dtype
+                state[name] = value.to(kind).contiguous()
+        network.load_state_dict(state, strict=False, assign=True)
+    return network.eval()
+
+
+def blueprint(cls: Any, config: Mapping[str, Any], where: Path, dtype: Any = None) -> Any:
+    """A network as its configuration makes it, without memory for its weights.
+
+    Raises:
+        ModelError: the configuration makes none.
+    """
+    from accelerate import init_empty_weights
+
+    usual = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype or usual)  # of tables that are no weights
+        with init_empty_weights():
+            return cls.from_config(dict(config))
+    except Exception as error:
+        raise ModelError(f"{where}: makes no {cls.__name__} ({first_line(error)})") from error
+    finally:
+        torch.set_default_dtype(usual)
+
+
+def shapes(network: Any) -> dict[str, tuple[int, ...]]:
+    """Of the parameters of a network, by name."""
+    return {name: tuple(one.shape) for name, one in network.named_parameters()}
+
+
+def check_class(folder: Path, cls: type, why: str = "this is the place of") -> None:
+    """Refuse a network of another class: diffusers would make one of random weights of it."""
+    settings = folder / "config.json"
+    its = read_json(settings).get("_class_name") if settings.is_file() else None
+    if its is not None and _today(find_class("diffusers", its), folder) is cls:
+        return
+    if its not in (None, cls.__name__):
+        raise ModelError(f"{folder}: holds a {its}, and {why} a {cls.__name__}")
+
+
+def encoders(
+    folder: Path, pipeline: Any, variant: str | None, given: Mapping[str, Any], dtype: Any
+) -> dict[str, Any]:
+    """Those networks of a folder that transformers reads, with none of their weights made up.
+
+    Which names their files may have is transformers' own affair, so it is asked what it missed.
+
+    Raises:
+        ModelError: a tensor is missing.
+    """
+    hints, made = typing.get_type_hints(pipeline.__init__), {}
+    for name, (library, cls_name) in named(read_json(folder / "model_index.json")).items():
+        cls = find_class(library, cls_name) if library == "transformers" else None
+        if cls is None or name in given or name not in hints or not holds_weights(cls):
+            continue
+        made[name] = read(folder / name, cls, kind_of(dtype, name), variant)
+    return made
+
+
+def read(part: Path, cls: Any, dtype: Any, variant: str | None = None) -> Any:
+    """A network from its folder, with none of its weights made up.
+
+    Raises:
+        ModelError: a tensor is missing.
+    """
+    kind = variant_of(weights(part, STEMS["transformers"], variant)[0].name)
+    said = {} if kind is None else {"variant": kind}
+    network, told = cls.from_pretrained(
+        part, dtype=dtype, use_safetensors=True, output_loading_info=True, **said
+    )
+    if lost := told["missing_keys"]:
+        raise ModelError(f"{part}: lacks {some(lost)}; it would be random numbers")
+    return network
+
+
+@lru_cache
+def find_class(library: str, name: str) -> Any:
+    """A class of diffusers or transformers; None: there is no such class, or library."""
+    if library not in STEMS:
+        return None
+    if library == "transformers":
+        from diffusers.utils.deprecation_utils import _maybe_remap_transformers_class
+
+        name = _maybe_remap_transformers_class(name) or name
+    return getattr(importlib.import_module(library), name, None)
+
+
+def _today(cls: Any, part: Path) -> Any:
+    """The class that diffusers has made of one that models were saved with, by their settings."""
+    from diffusers.models.model_loading_utils import (
+        _CLASS_REMAPPING_DICT,
+        _fetch_remapped_cls_from_config,
+    )
+
+    settings = part / "config.json"
+    if cls is None or cls.__name__ not in _CLASS_REMAPPING_DICT or not settings.is_file():
+        return cls
+    said = read_json(settings)
+    return _fetch_remapped_cls_from_config(said, cls) if "norm_type" in said else cls
+
+
+def _of_diffusers(library: str) -> bool:
+    """Whether what a model_index.json calls a library is a package of diffusers' pipelines."""
+    from diffusers import pipelines
+
+    return hasattr(pipelines, library)
+
+
+def is_diffusers(cls: Any) -> bool:
+    """Whether diffusers reads a class's weights, and not transformers."""
+    from diffusers import ModelMixin
+
+    return isinstance(cls, type) and issubclass(cls, ModelMixin)
+
+
+def holds_weights(cls: Any) -> bool:
+    """Whether a part is a network."""
+    from transformers import PreTrainedModel
+
+    return is_diffusers(cls) or (isinstance(cls, type) and issubclass(cls, PreTrainedModel))
+
+
+def _fits(cls: type, hint: Any) -> bool:
+    kinds = [one for one in (typing.get_args(hint) or (hint,)) if isinstance(one, type)]
+    return not kinds or issubclass(cls, tuple(kinds))
+
+
+def _refuse_quantised(settings: Path, said: Any) -> None:
+    """Refuse weights whose numbers mean something only together with others."""
+    method = said.get("quant_method") if isinstance(said, dict) else None
+    raise ModelError(
+        f"{settings}: its weights are quantised by {method or 'an unknown method'}, which diffedit"
+        " does not read: take the model's ordinary weights, which dtype float8 makes smaller"
+    )
+
+
+__all__ = [
+    "STEMS",
+    "UNUSED",
+    "Blueprint",
+    "blueprint",
+    "check_class",
+    "check_folder",
+    "check_part",
+    "encoders",
+    "filled",
+    "find_class",
+    "kind_of",
+    "named",
+    "own_code",
+    "read",
+    "shapes",
+]

@@ -1,0 +1,73 @@
+"""A file of weights, as of an adapter, that somebody names: on this disk or on the hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePosixPath
+
+from diffedit.errors import ModelError, nearest
+from diffedit.models import hub, loading
+from diffedit.models.files import refuse_pickles
+
+SUFFIX = ".safetensors"
+
+
+def weights_file(source: str, usual: str | None = None, beside: str | None = None) -> Path:
+    """The file that is meant.
+
+    Args:
+        source: a ``.safetensors`` file, a folder that holds one, or one in a repository of the
+            hub: ``owner/name/folder/file.safetensors``.
+        usual: what such files are called: the one that is meant where a folder holds several, and
+            where ``owner/name`` says no more; None: there is no such name.
+        beside: a folder that is fetched along from the hub, from beside the file or its folder.
+
+    Raises:
+        UnsafeWeights: it is a pickle.
+        ModelError: there is none, or there are several to choose from.
+    """
+    path = Path(os.path.expanduser(source))  # noqa: PTH111 - a hub id is no path
+    loading.check_file(path)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if usual and (path / usual).is_file():
+            return path / usual
+        found = sorted(path.glob(f"*{SUFFIX}"))
+        if len(found) == 1:
+            return found[0]
+        if not found:
+            refuse_pickles(path)
+            raise ModelError(f"{path}: holds no {SUFFIX} file")
+        said = ", ".join(file.name for file in found)
+        raise ModelError(f"{path}: holds several {SUFFIX} files: name one of {said}")
+    parts = source.split("/")
+    if usual and hub.could_be(source) and not source.endswith(SUFFIX):
+        parts.append(usual)
+    if path.parent.is_dir() and path.parent != Path():  # meant for here
+        there = [one.name for one in path.parent.iterdir() if one.is_dir() or one.suffix == SUFFIX]
+        raise ModelError(f"{source}: no such file or folder{nearest(path.name, there)}")
+    if len(parts) < 3 or source.startswith((".", "/", "~")) or not parts[-1].endswith(SUFFIX):
+        there = [one.name for one in Path().iterdir() if one.suffix == SUFFIX]
+        hint = nearest(source, there) if len(parts) == 1 else ""
+        raise ModelError(f"{source}: no such file or folder{hint}")
+    return _from_hub("/".join(parts[:2]), "/".join(parts[2:]), usual, beside)
+
+
+def _from_hub(repository: str, name: str, usual: str | None, beside: str | None) -> Path:
+    found = hub.find(repository, part=True)
+    if name == usual and found.files is not None and name not in found.files:
+        others = [path for path in found.files if "/" not in path and path.endswith(SUFFIX)]
+        if len(others) != 1:
+            said = f"name one of {', '.join(others)}" if others else f"nor any other {SUFFIX} file"
+            raise ModelError(f"{repository}: has no {name} on the hub: {said}")
+        name = others[0]
+    wanted = [name]
+    for place in list(PurePosixPath(name).parents)[:2] if beside else ():
+        folder = (place / str(beside)).as_posix() + "/"
+        more = [path for path in found.files or () if path.startswith(folder)]
+        more = [path for path in more if path.endswith((".json", SUFFIX))]
+        if more:
+            wanted += more
+            break
+    return found.fetch(wanted) / name

@@ -1,0 +1,270 @@
+"""The edit `ip_adapter`: bit for bit as diffusers has it, and together with everything else."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from skimage import data
+
+from diffedit import Editor, Pass, errors
+from diffedit.cli import main
+from diffedit.models.ip_adapter import at_tokens
+from diffedit_inpaint import Inpaint
+from diffedit_ip_adapter import IPAdapter
+from diffedit_style import Style
+from tests.families import FLUX, SD, SDXL, Tiny
+from tests.families.ip_adapter import write
+
+CAT, CUP = data.chelsea()[:120, :160], data.coffee()[:100, :100]
+STEPS, SEED = 4, 3
+unets = pytest.mark.parametrize("family", [SD, SDXL], ids=lambda one: one.name)
+
+
+def half(side: int = 64, left: bool = True) -> np.ndarray:
+    mask = np.zeros((side, side), np.uint8)
+    mask[:, : side // 2] = 255
+    return mask if left else 255 - mask
+
+
+def latents(editor: Editor, *edits: Any, image: Any = None, **said: Any) -> torch.Tensor:
+    pass_ = Pass(
+        prompt="a red circle",
+        negative="blurry",
+        steps=STEPS,
+        guidance=said.pop("guidance", 5.0),
+        edits=edits,
+    )
+    size = (64, 64) if image is None else None
+    made = editor.run(image, pass_, seed=said.pop("seed", SEED), size=size, **said).latents
+    assert made is not None
+    return made
+
+
+def theirs(
+    family: Tiny, files: list[Path], pictures: list[Any], weights: list[float], masks: Any = None
+) -> torch.Tensor:
+    """diffusers' own, with as many adapters."""
+    pipe = family.pipeline()
+    kind = getattr(diffusers, family.theirs["text2img"])
+    parts = pipe.components | {"scheduler": copy.deepcopy(pipe.scheduler)}
+    parts |= {"image_encoder": None, "feature_extractor": None}
+    if kind is diffusers.StableDiffusionPipeline:
+        parts["requires_safety_checker"] = False
+    pipe = kind(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_ip_adapter(
+        [str(file.parent) for file in files],
+        subfolder="",
+        weight_name=[file.name for file in files],
+    )
+    pipe.set_ip_adapter_scale(weights)
+    more = {}
+    if masks is not None:
+        processor = diffusers.image_processor.IPAdapterMaskProcessor()
+        shown = processor.preprocess([Image.fromarray(one) for one in masks], 64, 64)
+        more["cross_attention_kwargs"] = {"ip_adapter_masks": [one[None] for one in shown]}
+    made: torch.Tensor = pipe(
+        "a red circle",
+        negative_prompt="blurry",
+        num_inference_steps=STEPS,
+        guidance_scale=5.0,
+        generator=torch.Generator().manual_seed(SEED),
+        width=64,
+        height=64,
+        ip_adapter_image=[Image.fromarray(one) for one in pictures],
+        output_type="latent",
+        **more,
+    ).images
+    return made
+
+
+@unets
+@pytest.mark.parametrize("kind", ["plain", "plus", "full"])
+def test_one_picture_is_as_in_diffusers(family: Tiny, kind: str, tmp_path: Path) -> None:
+    editor = family.editor()
+    file = write(tmp_path, editor.model.denoiser, kind)  # type: ignore[attr-defined]
+    own = latents(editor, IPAdapter(model=str(file), image=CAT, weight=0.7), compat=True)
+    assert torch.equal(own, theirs(family, [file], [CAT], [0.7]))
+    assert not torch.equal(own, latents(editor, compat=True))
+
+
+@unets
+def test_two_with_weights_and_masks_are_as_in_diffusers(family: Tiny, tmp_path: Path) -> None:
+    editor = family.editor()
+    unet = editor.model.denoiser  # type: ignore[attr-defined]
+    files = [write(tmp_path / "a", unet), write(tmp_path / "b", unet, "plus", seed=1)]
+    pictures, weights, masks = [CAT, CUP], [0.4, 0.9], [half(), half(left=False)]
+    # Both sides see with one encoder: diffusers' pipelines hold one.
+    encoder = str(tmp_path / "a" / "image_encoder")
+    for shown in (None, masks):
+        edits = [
+            IPAdapter(
+                model=str(file),
+                image=picture,
+                weight=weight,
+                encoder=encoder,
+                mask=shown and shown[number],
+            )
+            for number, (file, picture, weight) in enumerate(
+                zip(files, pictures, weights, strict=True)
+            )
+        ]
+        own = latents(editor, *edits, compat=True)
+        assert torch.equal(own, theirs(family, files, pictures, weights, shown))
+
+
+def test_it_acts_in_its_mask_and_its_window_only(tmp_path: Path) -> None:
+    editor = SD.editor()
+    file = str(write(tmp_path, editor.model.denoiser))  # type: ignore[attr-defined]
+    plain = latents(editor)
+    nowhere = IPAdapter(model=file, image=CAT, mask=np.zeros((64, 64), np.uint8))
+    assert torch.equal(latents(editor, nowhere), plain)
+    never = IPAdapter(model=file, image=CAT, start=0.99, end=1)
+    assert torch.equal(latents(editor, never), plain)
+    nothing = IPAdapter(model=file, image=CAT, weight=0)
+    assert torch.equal(latents(editor, nothing), plain)
+    everywhere = IPAdapter(model=file, image=CAT)
+    white = IPAdapter(model=file, image=CAT, mask=np.full((64, 64), 255, np.uint8))
+    assert torch.equal(latents(editor, everywhere), latents(editor, white))
+
+
+def test_guidance_leads_away_from_no_picture(tmp_path: Path) -> None:
+    """The negative prediction sees none, so that without guidance the two differ by it alone."""
+    editor = SD.editor()
+    file = str(write(tmp_path, editor.model.denoiser))  # type: ignore[attr-defined]
+    seen: list[list[bool]] = []
+    adapter = editor.model.load_ip_adapter(file, None, lambda key, loader: loader())
+    tokens = adapter._tokens
+
+    def watched(shown: Any, rows: Any) -> torch.Tensor:
+        seen.append([key.negative for key in rows.keys])
+        return tokens(shown, rows)  # type: ignore[no-any-return]
+
+    adapter._tokens = watched
+    editor._resources[f"ip_adapter:{file}:"] = adapter
+    latents(editor, IPAdapter(model=file, image=CAT))
+    latents(editor, IPAdapter(model=file, image=CAT), guidance=1.0)
+    assert seen == [[True, False], [False]]
+
+
+@unets
+def test_it_combines_and_leaves_the_model_as_it_was(family: Tiny, tmp_path: Path) -> None:
+    editor = family.editor()
+    unet = editor.model.denoiser  # type: ignore[attr-defined]
+    file = str(write(tmp_path, unet, "plus"))
+    picture = data.astronaut()[:64, :64]
+    before = latents(editor, image=picture)
+    processors = dict(unet.attn_processors)
+    edits = [
+        Inpaint(mask=half(), feather=0),
+        IPAdapter(model=file, image=CAT),
+        Style(image=CUP),
+    ]
+    made = [latents(editor, *order, image=picture) for order in (edits, edits[::-1])]
+    assert torch.equal(*made)
+    assert not torch.equal(made[0], latents(editor, edits[0], edits[2], image=picture))
+    pixels = editor.run(picture, Pass(prompt="x", steps=2, edits=edits), seed=1).pixels
+    np.testing.assert_array_equal(pixels[:, 32:], picture[:, 32:])
+    assert unet.attn_processors == processors
+    assert unet.encoder_hid_proj is None
+    assert torch.equal(latents(editor, image=picture), before)
+
+
+def test_a_batch_is_its_items(tmp_path: Path) -> None:
+    editor = SD.editor()
+    file = str(write(tmp_path, editor.model.denoiser))  # type: ignore[attr-defined]
+    edit = IPAdapter(model=file, image=CAT)
+    both = latents(editor, edit, seed=[3, 4])
+    for item, seed in enumerate((3, 4)):
+        torch.testing.assert_close(
+            both[item], latents(editor, edit, seed=seed)[0], atol=1e-4, rtol=0
+        )
+
+
+def test_adapters_share_an_encoder(tmp_path: Path) -> None:
+    editor = SD.editor()
+    unet = editor.model.denoiser  # type: ignore[attr-defined]
+    files = [write(tmp_path, unet), write(tmp_path, unet, "full")]
+    latents(editor, *(IPAdapter(model=str(file), image=CAT) for file in files))
+    kept = [key for key in editor._resources if key.startswith("image encoder")]
+    assert len(kept) == 1
+
+
+@pytest.mark.parametrize("tokens", [8 * 12, 4 * 6, 2 * 3, 1 * 2])
+def test_a_mask_at_each_level_of_a_unet(tokens: int) -> None:
+    mask = torch.zeros(1, 1, 64, 96)
+    mask[..., 48:] = 1
+    made = at_tokens(mask, tokens)
+    assert made.shape == (1, 1, tokens)
+    assert made.mean() == pytest.approx(0.5, abs=0.01)
+
+
+def altered(file: Path, **changed: Any) -> Path:
+    weights = load_file(file)
+    for pattern, made in changed.items():
+        for key in [key for key in weights if pattern.replace("__", ".") in key]:
+            value = made(weights.pop(key))
+            if value is not None:
+                weights[key] = value.contiguous()
+    to = file.with_name("altered.safetensors")
+    save_file(weights, to)
+    return to
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"ip_adapter": lambda w: None}, "not an IP-Adapter"),
+        ({"to_k_ip": lambda w: w[:, :-1]}, "made for another model"),
+        ({"ip_adapter__3": lambda w: None}, "made for another model"),
+        ({"image_proj__proj__weight": lambda w: w[:, :-1]}, "another image encoder"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(
+    change: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    editor = SD.editor()
+    file = altered(write(tmp_path, editor.model.denoiser), **change)  # type: ignore[attr-defined]
+    with pytest.raises(errors.ModelError, match=said) as error:
+        latents(editor, IPAdapter(model=str(file), image=CAT))
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_not_there_is_said(tmp_path: Path) -> None:
+    editor = SD.editor()
+    unet = editor.model.denoiser  # type: ignore[attr-defined]
+    file = write(tmp_path / "a", unet)
+    for given, said in {
+        "nothing.safetensors": "no such file",
+        str(tmp_path): "holds no .safetensors",
+        "someone/adapter/file.safetensors": "no such folder here, and the hub",
+        str(tmp_path / "a" / "x.bin"): "pickle",
+    }.items():
+        (tmp_path / "a" / "x.bin").write_bytes(b"")
+        with pytest.raises(errors.ModelError, match=said):
+            latents(editor, IPAdapter(model=given, image=CAT))
+    (tmp_path / "b").mkdir()
+    alone = file.rename(tmp_path / "b" / file.name)
+    with pytest.raises(errors.ModelError, match="image_encoder beside it"):
+        latents(editor, IPAdapter(model=str(alone), image=CAT))
+    with pytest.raises(errors.MaskError, match="one size"):
+        latents(editor, IPAdapter(model=str(alone), image=CAT, mask=half(8)))
+
+
+def test_other_families_refuse_before_weights_are_read(tmp_path: Path, capsys: Any) -> None:
+    pipe = FLUX.pipeline()
+    FLUX.save(pipe, tmp_path / "flux")
+    Image.fromarray(CAT).save(tmp_path / "cat.png")
+    said = ["edit", str(tmp_path / "cat.png"), "-o", str(tmp_path / "out.png"), "--prompt", "x"]
+    said += ["--model", str(tmp_path / "flux")]
+    said += ["--edit", f"ip_adapter:model=a.safetensors,image={tmp_path / 'cat.png'}"]
+    assert main(said) == 2
+    assert "image_prompt" in capsys.readouterr().err
