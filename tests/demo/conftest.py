@@ -77,7 +77,7 @@ def visited(
     page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))
     loads: list[Page] = []
-    page.on("load", loads.append)
+    page.on("load", lambda loaded: loads.append(loaded))
     page.on(
         "request",
         lambda asked: (
