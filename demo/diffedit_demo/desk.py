@@ -88,6 +88,8 @@ class Desk:
     chosen: int = 0
     waiting: Order | None = None
     running: Order | None = None
+    outcome: str = ""
+    """What was said of the last run when it ended; nothing while one waits or runs."""
     left: bool = False
     """Whether its page was closed: then the same tab may come back to it."""
     number: int = field(default_factory=lambda: secrets.randbelow(1 << 40))
@@ -98,7 +100,7 @@ class Desk:
     def order(self, what: Any) -> None:
         """Have something run once it is this session's turn, in place of what waited."""
         with self._lock:
-            self.waiting = Order(what, self.history.now)
+            self.waiting, self.outcome = Order(what, self.history.now), ""
 
     def begin(self) -> Order | None:
         """Its turn has come; None where it was cancelled meanwhile."""

@@ -101,7 +101,7 @@ class _Page(Layout):
         )
         self.cancel.click(
             self._cancelled, None, [self.status, self.run, self.cancel], queue=False, **_QUIET
-        )
+        ).then(self._ended, None, self.status, queue=False, **_QUIET)
         self.keep.click(self._kept, None, self.all(), **_FREE)
         self.discard.click(self._discarded, None, self.all(), **_FREE)
         self.candidates.select(
@@ -164,7 +164,7 @@ class _Page(Layout):
             return
         painted, composed = order.what
         made: list[Candidate] = []
-        ended = self._idle()
+        ended, said = self._idle(), ""
         began = time.monotonic()
         try:
             yield from self._run(desk, order, painted, composed, made, tongue)
@@ -180,7 +180,7 @@ class _Page(Layout):
             log.exception("a run failed")
             said = status_line(say(tongue, "failed"), alert=True)
         finally:
-            desk.running = None
+            desk.running, desk.outcome = None, said
             if made:
                 desk.propose(made)
         # All in one: of two updates within a frame, browsers may show the later one only.
@@ -232,6 +232,11 @@ class _Page(Layout):
         if self._desk(request).cancel():
             return {self.status: status_line(say(tongue, "cancelling"))}
         return {**self._idle(), self.status: status_line(say(tongue, "cancelled"))}
+
+    def _ended(self, request: gr.Request) -> Any:
+        """The answer to Cancel may arrive after the end of the run, which it would hide."""
+        outcome = self._desk(request).outcome
+        return outcome or gr.skip()
 
     def _hint(self, painted: Painted, composed: Composed, request: gr.Request) -> Tell:
         uid = composed.asked or ""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 import diffedit
 from diffedit import Workflow
@@ -247,6 +247,24 @@ def test_keys_run_and_cancel_wherever_one_is_typing(page: Page, photo: Path) -> 
     field(page, "prompt").press("Control+Enter")
     status(page, re.compile(r"step \d+ of"))
     page.keyboard.press("Control+.")
+    status(page, "Cancelled")
+
+
+def test_what_cancel_answers_late_does_not_hide_that_the_run_has_ended(
+    page: Page, photo: Path
+) -> None:
+    varies(page, photo, 800)
+    starts(page)
+    status(page, re.compile(r"step \d+ of"))
+
+    def late(route: Route) -> None:
+        answer = route.fetch()
+        page.wait_for_timeout(3000)  # the run ends meanwhile, and says so
+        route.fulfill(response=answer)
+
+    page.route("**/run/predict*", late, times=1)
+    page.get_by_role("button", name="Cancel").click()
+    page.wait_for_timeout(5000)
     status(page, "Cancelled")
 
 
