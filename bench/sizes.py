@@ -22,6 +22,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -91,8 +92,8 @@ _BETAS: dict[str, Any] = {
 
 
 def _on_cpu(cls: Callable[..., Any], **settings: Any) -> Any:
-    """Schedulers are made where users make them."""
-    with torch.device("cpu"):
+    """Schedulers are made where users make them, of real numbers."""
+    with torch.device("cpu"), unset_fake_temporarily():
         return cls(**settings)
 
 

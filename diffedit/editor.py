@@ -71,6 +71,7 @@ class Editor:
         compiled: bool | str = False,
         config: str | os.PathLike[str] | None = None,
         vae: str | os.PathLike[str] | None = None,
+        max_memory: int | str | None = None,
         plugins: Plugins | None = None,
     ) -> Editor:
         """Load a model and make an editor of it; arguments as in `diffedit.models.loading.load`.
@@ -89,6 +90,7 @@ class Editor:
             compiled=compiled,
             config=config,
             vae=vae,
+            max_memory=max_memory,
         )
         return cls(model, found, os.fspath(source))
 

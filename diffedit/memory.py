@@ -45,7 +45,7 @@ def let_go(error: BaseException) -> None:
         torch.mps.empty_cache()
 
 
-def told(where: str, tried: str | None = None) -> OutOfMemory:
+def told(where: str, tried: str = "") -> OutOfMemory:
     """The error in one line.
 
     Args:

@@ -73,23 +73,19 @@ def run_pass(pass_: Pass, given: Handover, setting: Setting) -> Generator[Step, 
         PluginError: an edit breaks the contract.
         OutOfMemory: also when the model gave up what it could.
     """
-    try:
-        return (yield from _shown(pass_, given, setting))
-    except Exception as error:
-        if not exhausted(error):
-            raise
-        let_go(error)
-    saved = setting.model.save_memory()
-    if saved is None:
-        raise told(_place(setting))
-    log.warning("out of memory %s: trying again with %s", _place(setting), saved)
-    try:
-        return (yield from _shown(pass_, given, setting))
-    except Exception as error:
-        if not exhausted(error):
-            raise
-        let_go(error)
-    raise told(_place(setting), saved)
+    given_up: list[str] = []
+    while True:
+        try:
+            return (yield from _shown(pass_, given, setting))
+        except Exception as error:
+            if not exhausted(error):
+                raise
+            let_go(error)
+        saved = setting.model.save_memory()
+        if saved is None:
+            raise told(_place(setting), " and ".join(given_up))
+        log.warning("out of memory %s: trying again with %s", _place(setting), saved)
+        given_up.append(saved)
 
 
 def _place(setting: Setting) -> str:

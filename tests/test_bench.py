@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import full_size, measure, sizes, speed, training
+from bench import full_size, measure, offload, sizes, speed, training
 from bench.measure import Contestant, Ratio
 
 
@@ -150,3 +150,11 @@ def test_ratios_of_steps_are_taken_within_each_round() -> None:
     assert "≥ 1.05× asked, 3.00×: reached" in full_size.table("t", [quick, slow])
     slow.step_ms = quick.step_ms
     assert "≥ 1.05× asked, 1.00×: NOT REACHED" in full_size.table("t", [quick, slow])
+
+
+def test_room_for_weights_is_what_a_model_takes_less_of_the_device() -> None:
+    whole, half, none = (offload.costs("nano-sdxl", share) for share in offload.SHARES)
+    assert whole.weights > 1.8 * half.weights > 10 * none.weights
+    # What is computed takes the same; a layer's copy comes on top.
+    assert 0 <= (none.call - none.weights) - (whole.call - whole.weights) < 0.2 * whole.weights
+    assert "| nano | 0% |" in offload.table({"nano": [whole, half, none]})

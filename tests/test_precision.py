@@ -13,7 +13,7 @@ from skimage import data
 from diffedit import Editor, Pass
 from diffedit.cli import main
 from diffedit.errors import ModelError
-from diffedit.models.precision import computing, narrow
+from diffedit.models.holding import computing, narrow
 from diffedit_controlnet import ControlNet
 from diffedit_img2img import Img2Img
 from diffedit_ip_adapter import IPAdapter
@@ -42,7 +42,7 @@ def test_the_denoisers_weights_take_half_of_float16(family: Tiny, tmp_path: Path
     layers = [
         one
         for one in denoiser.modules()
-        if isinstance(one, torch.nn.Linear | torch.nn.Conv2d) and "_computes_in" in one.__dict__
+        if isinstance(one, torch.nn.Linear | torch.nn.Conv2d) and "_held" in one.__dict__
     ]
     kinds = {weight.dtype for layer in layers for weight in layer.parameters()}
     assert kinds == {torch.float8_e4m3fn}

@@ -41,8 +41,14 @@ from diffedit.errors import InputError
 @click.option("--device", help="cpu, cuda, mps. [default: the accelerator if there is one]")
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Precision. [default: float32 on the CPU, else float16]",
+    type=click.Choice(["float32", "bfloat16", "float16", "float8"]),
+    help="Precision; float8 saves memory only. [default: float32 on the CPU, else float16]",
+)
+@click.option(
+    "--max-memory",
+    metavar="SIZE",
+    help="What the model's weights may take on an accelerator, such as 6GB; the rest stays in main"
+    " memory, which is slower. [default: all there is]",
 )
 @click.option(
     "--auth",
@@ -75,6 +81,7 @@ def demo(
     models: tuple[str, ...],
     device: str | None,
     dtype: str | None,
+    max_memory: str | None,
     auth: Path | None,
     allow_hosts: tuple[str, ...],
     mcp: bool,
@@ -110,6 +117,7 @@ def demo(
             models=models,
             device=device,
             dtype=dtype,
+            max_memory=max_memory,
             mcp=mcp,
             max_upload=max_upload << 20,
         )

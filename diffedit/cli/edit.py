@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,12 @@ def shared_options(command: Command) -> Command:
                 "--vae",
                 help="Another autoencoder than the model's own: a folder, a .safetensors file or a"
                 " hub id.",
+            ),
+            click.option(
+                "--max-memory",
+                metavar="SIZE",
+                help="What the model's weights may take on an accelerator, such as 6GB: what finds"
+                " no room stays in main memory, which is slower. [default: all there is]",
             ),
             click.option("--json", "as_json", is_flag=True, help="Print a report as JSON."),
             verbose_option,
@@ -106,6 +112,7 @@ def edit(
     dtype: str | None,
     as_json: bool,
     vae: str | None,
+    max_memory: str | None,
     config: str | None,
     **said: Any,
 ) -> None:
@@ -117,7 +124,8 @@ def edit(
     if said["prompt"] is None and not edits:
         raise InputError("nothing to do: give --prompt, --edit or both")
     workflow = workflow_of(edits, **said)
-    _do(workflow, image, output, overwrite, device, dtype, as_json, config=config, vae=vae)
+    loading = {"device": device, "dtype": dtype, "vae": vae, "max_memory": max_memory}
+    _do(workflow, image, output, overwrite, as_json, {**loading, "config": config})
 
 
 @click.command(short_help="Run a workflow file on an image.")
@@ -143,6 +151,7 @@ def run(
     dtype: str | None,
     as_json: bool,
     vae: str | None,
+    max_memory: str | None,
 ) -> None:
     """Run the passes of WORKFLOW (YAML) on IMAGE and write OUT.
 
@@ -152,7 +161,8 @@ def run(
     from diffedit.workflow import Workflow
 
     loaded = Workflow.load(workflow, overrides=overrides)
-    _do(loaded, image, output, overwrite, device, dtype, as_json, inputs=[workflow], vae=vae)
+    loading = {"device": device, "dtype": dtype, "vae": vae, "max_memory": max_memory}
+    _do(loaded, image, output, overwrite, as_json, loading, inputs=[workflow])
 
 
 def workflow_of(
@@ -236,14 +246,11 @@ def _do(
     image: Path | None,
     output: Path,
     overwrite: bool,
-    device: str | None,
-    dtype: str | None,
     as_json: bool,
+    loading: Mapping[str, Any],
     inputs: Sequence[Path] = (),
-    config: str | None = None,
-    vae: str | None = None,
 ) -> None:
-    """Check, load, run, save, report."""
+    """Check, load (as `Editor.load` takes it), run, save, report."""
     from diffedit.cli.checks import (
         check_format,
         check_model,
@@ -273,7 +280,7 @@ def _do(
         check_model(workflow)
 
         quiet_libraries()
-        editor = Editor.load(workflow.model, device=device, dtype=dtype, config=config, vae=vae)
+        editor = Editor.load(workflow.model, **loading)
         with editor.stream(image, workflow) as events, Progress() as progress:
             for step in events:
                 progress(step)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffedit.models import holding
 from diffedit.prompts import Prompt
 
 #: What a longer prompt has more of.
@@ -96,10 +97,11 @@ class Clip:
 
     def _read(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         encoder = getattr(self.pipe, self.encoder)
-        tokens = torch.tensor([chunk.tokens], device=encoder.device)
+        on = holding.where(encoder)
+        tokens = torch.tensor([chunk.tokens], device=on)
         shown = None
         if self.layer is None and getattr(encoder.config, "use_attention_mask", False):
-            shown = (torch.arange(len(chunk.tokens)) < chunk.said)[None].long().to(encoder.device)
+            shown = (torch.arange(len(chunk.tokens)) < chunk.said)[None].long().to(on)
         hidden = self.layer is not None
         output = encoder(tokens, attention_mask=shown, output_hidden_states=hidden)
         state = output[0] if self.layer is None else output.hidden_states[self.layer]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffedit.errors import ModelError, ParameterError, nearest
-from diffedit.models import loading
+from diffedit.models import holding, loading
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def load(
                 f"{source}: this control network was made for another model: its {key} is"
                 f" {its}, the loaded model's is {mine}"
             )
-    return net.to(denoiser.device).eval().requires_grad_(False)
+    return net.to(holding.where(denoiser)).eval().requires_grad_(False)
 
 
 def _class(source: str, classes: Sequence[type]) -> type:

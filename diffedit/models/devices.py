@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from diffedit.errors import ModelError, nearest
@@ -12,8 +13,9 @@ if TYPE_CHECKING:
 
     from diffedit.models.protocol import ModelFamily
 
-#: Types in which the denoiser's weights are held only; see `precision.narrow`.
+#: Types in which the denoiser's weights are held only; see `holding.narrow`.
 NARROW = {"float8": "float8_e4m3fn", "fp8": "float8_e4m3fn"}
+_ROOM = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i)?)?b?", re.IGNORECASE)
 _DTYPES = {"float32": "float32", "fp32": "float32", "float16": "float16", "fp16": "float16",
            "bfloat16": "bfloat16", "bf16": "bfloat16"}  # fmt: skip
 
@@ -53,6 +55,20 @@ def named(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype not in _DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}{nearest(dtype, {*_DTYPES, *NARROW})}")
     return getattr(torch, _DTYPES[dtype])  # type: ignore[no-any-return]
+
+
+def room(said: int | str) -> int:
+    """So many bytes: a number of them, or a text such as "6GB" or "5.5 GiB".
+
+    Raises:
+        ModelError: it is no such thing.
+    """
+    found = _ROOM.fullmatch(str(said).strip())
+    if found is None or isinstance(said, bool):
+        raise ModelError(f"max_memory {said!r}: needs bytes, or a size such as '6GB' or '500MB'")
+    number, unit, binary = found.groups()
+    step = 1024 if binary else 1000
+    return int(float(number) * step ** ("kmgt".index(unit.lower()) + 1 if unit else 0))
 
 
 def usual(family: ModelFamily, on: torch.device) -> torch.dtype:

@@ -24,9 +24,8 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from diffedit.attention import QKV, Addition, Beside, Site
 from diffedit.errors import ModelError
-from diffedit.models import loading
+from diffedit.models import holding, loading
 from diffedit.models.files import first_line, header
-from diffedit.models.precision import computing
 from diffedit.models.weights import weights_file
 from diffedit.rows import RowMap
 
@@ -247,7 +246,7 @@ def _projection(
 
 def _like(unet: Any) -> dict[str, Any]:
     """Where a UNet is, and what it computes in."""
-    return {"device": next(unet.parameters()).device, "dtype": computing(unet)}
+    return {"device": holding.where(unet), "dtype": holding.computing(unet)}
 
 
 def _encoder(file: Path, named: str | None) -> Path | None:

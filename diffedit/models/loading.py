@@ -36,6 +36,7 @@ def load(
     compiled: bool | str = False,
     config: str | os.PathLike[str] | None = None,
     vae: str | os.PathLike[str] | None = None,
+    max_memory: int | str | None = None,
 ) -> LatentModel:
     """Load a model.
 
@@ -59,6 +60,10 @@ def load(
             asked of the hub.
         vae: another autoencoder than the model's own: its folder, a ``.safetensors`` file or a hub
             id. Its latents must be those of the model's.
+        max_memory: what weights may take on an accelerator, in bytes or as "6GB": the layers that
+            find no room stay in main memory, and are copied when they compute, which makes the
+            same picture more slowly. Latents and what is computed from them come on top. None: all
+            there is.
 
     Raises:
         UnsafeWeights: the weights are pickled.
@@ -74,6 +79,8 @@ def load(
     if dtype in devices.NARROW:
         more["storage"], dtype = devices.NARROW[dtype], None
     kind = devices.named(dtype) or devices.usual(family, on)
+    if max_memory is not None:
+        more["room"] = devices.room(max_memory)
     if repository is not None:
         where = str(repository.model(variant))
     _mention_code(source, where, repository)
@@ -200,9 +207,11 @@ def components(cls: Any, source: str, **options: Any) -> Any:
     """
     device, dtype, variant = (options.pop(name) for name in ("device", "dtype", "variant"))
     revision = options.pop("revision", None)
-    config, storage = options.pop("config", None), options.pop("storage", None)
+    config, storage, room = (options.pop(name, None) for name in ("config", "storage", "room"))
     repository = _repository(source, revision)
     path = Path(source) if repository is None else repository.model(variant)
+    from diffedit.models import holding
+
     try:
         if path.is_file():
             pipe = single_file.load(cls, path, config, _place, dtype, **options)
@@ -214,11 +223,11 @@ def components(cls: Any, source: str, **options: Any) -> Any:
             options |= {name: parts.filled(one) for name, one in made.items()}
             said = {"variant": variant, "use_safetensors": True}
             pipe = cls.from_pretrained(path, dtype=dtype, **options, **said)
+        denoiser = getattr(pipe, "unet", None) or pipe.transformer
         if storage is not None:
-            from diffedit.models.precision import narrow
-
-            narrow(getattr(pipe, "unet", None) or pipe.transformer, storage)
-        return pipe.to(device)
+            holding.narrow(denoiser, storage)
+        holding.settle(pipe.components, denoiser, device, room, source)
+        return pipe
     except ModelError:
         raise
     except Exception as error:

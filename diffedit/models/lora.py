@@ -29,8 +29,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from diffedit.errors import ModelError
+from diffedit.models import holding
 from diffedit.models.files import first_line, header
-from diffedit.models.precision import computing
 from diffedit.models.weights import weights_file
 
 log = logging.getLogger(__name__)
@@ -125,8 +125,7 @@ def load_lora(
         except TypeError as error:
             said = first_line(error)
             raise ModelError(f"{file}: says of itself what peft cannot read ({said})") from error
-        where = next(module.parameters()).device
-        kind = computing(module)
+        where, kind = holding.where(module), holding.computing(module)
         parts[name] = config, {k: v.to(where, kind) for k, v in fitting.items()}
     denoising = any(not key.startswith("text_encoder") for key in state)
     if not parts or (denoising and next(iter(modules)) not in parts):
@@ -161,7 +160,7 @@ class Additions:
                 inject_adapter_in_model(own, module, name, low_cpu_mem_usage=True, state_dict=of)
                 set_peft_model_state_dict(module, of, name, low_cpu_mem_usage=True)
                 del module.peft_config  # or peft warns of the next one
-                _widen(module, of, name)
+                _as_computed(module, of, name)
             self.acting.append((name, weight))
             undo.callback(self.acting.pop)
             self._weigh()
@@ -199,15 +198,16 @@ class _Kept:
             del self.module.__dict__[key]
 
 
-def _widen(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    """Give additions the type computed in; peft gives that of weights, which may be narrower."""
+def _as_computed(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
+    """Have additions where and in the type computed in; peft has them as the weights are held."""
     for key, value in state.items():
         layer, _, rest = key.rpartition(".lora_")
         matrix, _, what = rest.partition(".")
         if what and matrix in ("A", "B"):
-            parameter = getattr(module.get_submodule(f"{layer}.lora_{matrix}.{name}"), what)
-            if parameter.dtype != value.dtype:
-                parameter.data = value
+            addition = module.get_submodule(f"{layer}.lora_{matrix}.{name}")
+            made = getattr(addition, what)
+            if (made.dtype, made.device) != (value.dtype, value.device):
+                setattr(addition, what, nn.Parameter(value, requires_grad=made.requires_grad))
 
 
 def _layers(module: nn.Module) -> list[BaseTunerLayer]:

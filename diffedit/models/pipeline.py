@@ -20,11 +20,10 @@ from diffedit.attention import Addition, Layout, Transform, attending, separate
 from diffedit.errors import CapabilityError, ModelError, lacking
 from diffedit.guidance import classifier_free
 from diffedit.images import Picture
-from diffedit.models import control, hub, loading
+from diffedit.models import control, holding, hub, loading
 from diffedit.models.autoencoder import drawn, grain
 from diffedit.models.compiled import Compiled
 from diffedit.models.lora import Additions, LoRA, components, load_lora
-from diffedit.models.precision import computing
 from diffedit.models.preview import Look
 from diffedit.models.protocol import ModelInput, Residuals
 from diffedit.models.textual_inversion import Word
@@ -161,14 +160,14 @@ class PipelineModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser's weights are."""
+        """Where the denoiser computes."""
         # diffusers' own property walks through all modules each time.
-        return cast(torch.device, next(self.denoiser.parameters()).device)
+        return holding.where(self.denoiser)
 
     @property
     def dtype(self) -> torch.dtype:
         """The type that the denoiser computes in."""
-        return computing(self.denoiser)
+        return holding.computing(self.denoiser)
 
     @property
     def compat_dtype(self) -> torch.dtype:
@@ -196,6 +195,7 @@ class PipelineModel:
             "capabilities": sorted(self.capabilities),
             "device": str(self.device),
             "saves_memory": self.one_by_one,
+            "in_main_memory": sum(holding.away(part) for part in self.parts()),
             "weights": str(next(self.denoiser.parameters()).dtype).removeprefix("torch."),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
@@ -211,17 +211,22 @@ class PipelineModel:
         self._hints = []
 
     def save_memory(self) -> str | None:
-        """Predictions one by one, and an autoencoder that works on tiles of a picture.
+        """Predictions one by one, and an autoencoder that works on tiles; then weights elsewhere.
 
         Large pictures come out a little different where their tiles meet.
         """
-        if self.one_by_one:
+        if not self.one_by_one:
+            self.one_by_one = True
+            for name in ("enable_slicing", "enable_tiling"):
+                if hasattr(self.vae, name):
+                    getattr(self.vae, name)()
+            return "predictions one after the other and the autoencoder in tiles"
+        there = sum(holding.away(part) for part in self.parts())
+        if self.device.type != "cpu":
+            holding.place(list(self.parts()), self.device, 0)
+        if sum(holding.away(part) for part in self.parts()) == there:
             return None
-        self.one_by_one = True
-        for name in ("enable_slicing", "enable_tiling"):
-            if hasattr(self.vae, name):
-                getattr(self.vae, name)()
-        return "predictions one after the other and the autoencoder in tiles"
+        return "the weights in main memory until they are needed"
 
     def parts(self) -> Sequence[torch.nn.Module]:
         """The modules whose state a pass must leave as it found it."""
@@ -373,7 +378,7 @@ class PipelineModel:
         for name in encoders:
             encoder = getattr(self.pipe, name)
             if encoder is not None:
-                token = torch.zeros(1, 1, dtype=torch.long, device=encoder.device)
+                token = torch.zeros(1, 1, dtype=torch.long, device=holding.where(encoder))
                 encoder(token, output_hidden_states=True)
 
     @property

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffedit.errors import ModelError, ParameterError
+from diffedit.models import holding
 from diffedit.models.files import header
 from diffedit.models.weights import weights_file
 
@@ -148,7 +149,9 @@ def teach(pipe: Any, readers: Mapping[str, str], word: Word) -> Callable[[], Non
             longer[: len(table.weight)] = table.weight
             longer[list(places)] = rows
             undo.callback(encoder.set_input_embeddings, table)
-            encoder.set_input_embeddings(nn.Embedding.from_pretrained(longer).train(table.training))
+            made = nn.Embedding.from_pretrained(longer).train(table.training)
+            holding.alike(made, table)
+            encoder.set_input_embeddings(made)
             undo.callback(setattr, pipe, readers[name], old)
             setattr(pipe, readers[name], tokenizer)
         return undo.pop_all().close

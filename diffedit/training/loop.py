@@ -26,6 +26,7 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 
@@ -102,6 +103,8 @@ def accelerator(training: Training) -> Accelerator:
     device = training.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve(training.precision, device)
     mixed = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
+    # accelerate keeps a process to the first format it is asked for; stages may have others.
+    AcceleratorState._reset_state()
     # Threads share the weights; a cache of their casts would not be theirs alone.
     return Accelerator(
         mixed_precision=mixed,

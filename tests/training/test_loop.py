@@ -273,3 +273,12 @@ def test_the_averaged_weights_stand_in_the_modules_at_the_end(tmp_path: Path) ->
     for key, value in task.net.state_dict().items():
         assert torch.equal(value, state["ema"]["net"][key])
     assert not torch.equal(state["ema"]["net"]["0.weight"], state["modules"]["net"]["0.weight"])
+
+
+def test_each_training_of_a_process_has_its_own_number_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffedit.training.precision.multiplies_bf16", lambda device: True)
+    for precision, mixed in [("fp32", "no"), ("bf16", "bf16"), ("fp32", "no")]:
+        machine = accelerator(training(tmp_path, precision=precision))
+        assert machine.mixed_precision == mixed

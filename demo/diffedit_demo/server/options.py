@@ -28,6 +28,7 @@ class Options:
     models: tuple[str, ...] = ()
     device: str | None = None
     dtype: str | None = None
+    max_memory: str | None = None
     mcp: bool = False
     max_upload: int = 50 << 20
     max_jobs: int = 24

@@ -1,0 +1,148 @@
+"""What `max_memory` costs and saves: bytes on the device, and the time of a call; see README.md.
+
+python -m bench.offload --model sd15,sdxl,flux
+
+Without a GPU the bytes are those of `bench.fake_gpu`, and there is no time to tell. The models are
+those of `bench.sizes`: settings of full size, random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+from bench import measure, sizes
+from bench.fake_gpu import GPU, Memory, bytes_on, gpu
+from diffedit.models import holding
+from diffedit.models.protocol import ModelInput
+from diffedit.rows import RowKey, RowMap
+
+RESULTS = Path(__file__).parent / "results"
+#: Shares of the weights that there is room for on the device.
+SHARES = (1.0, 0.5, 0.0)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a picture takes of the device.
+
+    Attributes:
+        share: of the weights that there was room for.
+        weights: bytes of them that lie there.
+        call, decode: most bytes while the denoiser is called, and while a picture is decoded.
+        ms: of a call; None: nobody knows without a device.
+    """
+
+    share: float
+    weights: int
+    call: int
+    decode: int
+    ms: float | None = None
+
+
+def costs(name: str, share: float, rounds: int = 0) -> Cost:
+    """The costs of a model.
+
+    Args:
+        rounds: calls that are timed, on a real GPU; 0: a fake one.
+    """
+    size = sizes.MODELS[name]
+    if rounds:
+        pipe = sizes.made(size, torch.device("cpu"))
+        with torch.no_grad():
+            return _real(size, pipe, share, rounds)
+    with gpu():
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(size.dtype)
+        try:
+            pipe = size.make()
+        finally:
+            torch.set_default_dtype(before)
+        model, x = _placed(size, pipe, share)
+        weights = bytes_on("cuda", pipe)
+        with Memory() as memory:
+            model.predict(x)
+        call, memory = memory.most, Memory()
+        with memory:
+            model.decode(x.latents[:1])
+    return Cost(share, weights, weights + call, weights + memory.most)
+
+
+def _placed(size: sizes.Size, pipe: Any, share: float) -> tuple[Any, ModelInput]:
+    """A model on the GPU, and a call of its denoiser for a picture of its own size."""
+    room = int(share * sum(bytes_on(one, pipe) for one in ("cpu", "cuda")))
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    holding.settle(pipe.components, denoiser, GPU, room, "the model")
+    model = size.model(pipe, "random weights")
+    branches = ("positive", "negative")[: 1 + size.negative]
+    cells = size.side // model.cell
+    latents = torch.zeros(len(branches), model.channels, cells, cells, device=GPU)
+    given = model.embed(["a red circle"] * len(branches), (size.side, size.side))
+    rows = RowMap(tuple(RowKey(branch, 0) for branch in branches))
+    timestep = torch.tensor(500.0, device=GPU)
+    guidance = size.guidance if "embedded_guidance" in model.capabilities else None
+    return model, ModelInput(latents, timestep, given, rows, guidance=guidance)
+
+
+def _real(size: sizes.Size, pipe: Any, share: float, rounds: int) -> Cost:
+    model, x = _placed(size, pipe, share)
+    weights = bytes_on("cuda", pipe)
+    most, took = [], []
+    calls: list[Callable[[], Any]] = [lambda: model.predict(x)] * (rounds + 1)
+    for work in [*calls, lambda: model.decode(x.latents[:1])]:
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+        took.append(1000 * (time.perf_counter() - began))
+        most.append(torch.cuda.max_memory_allocated())
+    return Cost(share, weights, most[0], most[-1], median(took[1:-1]))
+
+
+def table(found: dict[str, list[Cost]]) -> str:
+    """The figures, as Markdown."""
+    lines = ["| model | room for the weights | there, GiB | a call, GiB | decoding, GiB | ms |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name, some in found.items():
+        for one in some:
+            sums = " | ".join(f"{n / 2**30:.2f}" for n in (one.weights, one.call, one.decode))
+            took = "—" if one.ms is None else f"{one.ms:.0f} ({one.ms / (some[0].ms or 1):.2f}×)"
+            lines.append(f"| {name} | {one.share:.0%} | {sums} | {took} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print, and write to `bench/results`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="sd15,sdxl,flux")
+    parser.add_argument("--rounds", type=int, default=5, help="calls that are timed, on a GPU")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    rounds = options.rounds if torch.cuda.is_available() else 0
+    found: dict[str, list[Cost]] = {}
+    for name in options.model.split(","):
+        for share in SHARES:
+            found.setdefault(name, []).append(costs(name, share, rounds))
+            gc.collect()
+    print(table(found))
+    where = {"device": torch.cuda.get_device_name() if rounds else "torch's fake tensors"}
+    measured = {name: [vars(one) for one in some] for name, some in found.items()}
+    path = options.out / f"{measure.today()}-{measure.commit()}-offload.json"
+    path.write_text(json.dumps(where | {"models": measured}, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""Weights held otherwise than they are computed with: in eight bits, or in main memory.
+
+As diffusers' layerwise casting and group offloading hold them, but that nothing about a network
+changes while it runs: a layer computes with a copy of its weights that is made when it is called
+and let go of when it is done. What a pass leaves is therefore what it found, however it ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MethodType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffedit.errors import ModelError
+from diffedit.memory import exhausted, let_go
+
+log = logging.getLogger(__name__)
+
+#: Layers whose weights are most of a network.
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_MAIN = torch.device("cpu")
+
+
+def narrow(network: Any, storage: str) -> None:
+    """Hold the weights of a network's layers in a narrower type than it computes in.
+
+    Positions, norms and what else a network wants exact keep their type: the layers left out are
+    those that diffusers leaves out for the class.
+
+    Args:
+        network: of diffusers, in the type that it is to compute in.
+        storage: the name of a type of torch, such as "float8_e4m3fn": 3 bits of mantissa, up to
+            448.
+
+    Raises:
+        ModelError: the network cannot be held so.
+    """
+    from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
+
+    if not getattr(network, "_supports_layerwise_casting", True):
+        raise ModelError(f"a {type(network).__name__} cannot be held in {storage}")
+    exact = [
+        *DEFAULT_SKIP_MODULES_PATTERN,
+        *(network._skip_layerwise_casting_patterns or ()),
+        *(network._keep_in_fp32_modules or ()),
+    ]
+    for name, layer in network.named_modules():
+        if isinstance(layer, _LAYERS) and not any(re.search(one, name) for one in exact):
+            kind = layer.weight.dtype
+            for weight in _weights(layer).values():
+                weight.data = weight.data.to(getattr(torch, storage))
+            _hold(layer, dtype=kind)
+
+
+def settle(
+    components: Mapping[str, Any], denoiser: nn.Module, device: torch.device, room: int | None,
+    source: str,
+) -> None:  # fmt: skip
+    """Put a model's networks on a device, its denoiser first.
+
+    Without `room` all of them, unless the device has too little memory.
+
+    Args:
+        source: the model, for people.
+    """
+    networks = [one for one in components.values() if isinstance(one, nn.Module)]
+    networks.sort(key=lambda one: one is not denoiser)
+    try:
+        place(networks, device, room)
+    except Exception as error:
+        if device == _MAIN or not exhausted(error):
+            raise
+        let_go(error)
+        log.warning(
+            "%s: more than fits into the memory of %s: its weights stay in main memory until they"
+            " are needed, which is slower (max_memory says how much room there is)",
+            source,
+            device,
+        )
+        place(networks, device, 0)
+
+
+def place(networks: Sequence[nn.Module], device: torch.device, room: int | None = None) -> None:
+    """Put networks where they are to compute; what there is no room for stays in main memory.
+
+    A layer that stays is copied to the device each time it is called, and a table of embeddings is
+    looked up where it lies; what is computed is the same. It may be called again with less room.
+
+    Args:
+        networks: the first find room first.
+        room: for weights on the device, in bytes; None: enough. Layers and tables are what may
+            stay away; the rest, a few hundredths of most networks, never does.
+    """
+    left = math.inf if room is None else room
+    layers = [layer for network in networks for layer in network.modules()]
+    serves = Counter(id(one) for layer in layers for one in _weights(layer).values())
+    # Weights that serve several layers, as the tables of text encoders do: what they were, are,
+    # and whether they stay. What others were is let go of at once.
+    shared: dict[int, tuple[nn.Parameter, nn.Parameter, bool]] = {}
+    for network in networks:
+        network._computes_on = device  # type: ignore[assignment]
+    for layer in layers:
+        weights = _weights(layer)
+        size = sum(one.nbytes for one in weights.values() if id(one) not in shared)
+        stays = any(shared[id(one)][2] for one in weights.values() if id(one) in shared)
+        stays = stays or (size > left and type(layer).forward in _FORWARDS)
+        if stays:
+            _hold(layer, device=device)
+        else:
+            left = max(left - size, 0)
+        for name, one in weights.items():
+            if id(one) in shared:
+                layer._parameters[name] = shared[id(one)][1]
+                continue
+            layer._parameters[name] = made = _moved(one, _MAIN if stays else device)
+            if serves[id(one)] > 1:
+                shared[id(one)] = one, made, stays
+        for name, buffer in layer._buffers.items():
+            layer._buffers[name] = None if buffer is None else buffer.to(device)
+
+
+def _weights(layer: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: one for name, one in layer._parameters.items() if one is not None}
+
+
+def _moved(weight: nn.Parameter, to: torch.device) -> nn.Parameter:
+    if weight.device == to:
+        return weight
+    there = weight.detach().to(to)
+    if to == _MAIN and torch.cuda.is_available():
+        there = there.pin_memory()  # which devices read by themselves
+    return nn.Parameter(there, requires_grad=weight.requires_grad)
+
+
+def computing(network: nn.Module) -> torch.dtype:
+    """The type that a network computes in, whatever its weights are held in."""
+    first = next(network.parameters()).dtype
+    if first.itemsize > 1:
+        return first
+    for layer in network.modules():
+        if (kind := _held(layer).dtype) is not None:
+            return kind
+    return first
+
+
+def where(network: nn.Module) -> torch.device:
+    """Where a network computes, wherever its weights are held."""
+    said = network.__dict__.get("_computes_on")
+    return cast(torch.device, said or next(network.parameters()).device)
+
+
+def away(network: nn.Module) -> int:
+    """The bytes of a network's weights that stay in main memory."""
+    held = (one for one in network.modules() if _held(one).device is not None)
+    weights = {id(one): one for layer in held for one in _weights(layer).values()}
+    return sum(one.nbytes for one in weights.values())
+
+
+def alike(layer: nn.Module, other: nn.Module) -> None:
+    """Hold a layer as another of its class is held, in whose place it comes."""
+    if (held := _held(other)) != _Held():
+        _hold(layer, dtype=held.dtype, device=held.device)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What a layer computes with: a type and a place; None: those of its weights."""
+
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+
+
+def _held(layer: nn.Module) -> _Held:
+    return cast(_Held, layer.__dict__.get("_held", _Held()))
+
+
+def _hold(layer: Any, **how: Any) -> None:
+    """Have a layer compute with copies of its weights."""
+    layer._held = replace(_held(layer), **how)
+    layer.forward = MethodType(_FORWARDS[type(layer).forward], layer)
+
+
+def _linear(layer: Any, x: Tensor) -> Tensor:
+    return F.linear(x, *_copies(layer))
+
+
+def _convolution(layer: Any, x: Tensor) -> Tensor:
+    forward: Callable[..., Tensor] = layer._conv_forward
+    return forward(x, *_copies(layer))
+
+
+def _lookup(layer: Any, ids: Tensor) -> Tensor:
+    held, table = _held(layer), layer.weight
+    rows = F.embedding(ids.to(table.device), table, layer.padding_idx)
+    return rows.to(held.device).to(held.dtype or rows.dtype)
+
+
+def _copies(layer: Any) -> tuple[Tensor, Tensor | None]:
+    held = _held(layer)
+
+    def copied(one: Tensor) -> Tensor:
+        # As it is held first: fewer bytes travel.
+        if held.device is not None:
+            one = one.to(held.device, non_blocking=True)
+        return one.to(held.dtype or one.dtype)
+
+    return copied(layer.weight), None if layer.bias is None else copied(layer.bias)
+
+
+#: What computes in the place of which layers' forward; layers with one of their own are left alone.
+_FORWARDS: Mapping[Callable[..., Tensor], Callable[..., Tensor]] = {
+    nn.Linear.forward: _linear,
+    nn.Conv1d.forward: _convolution,
+    nn.Conv2d.forward: _convolution,
+    nn.Conv3d.forward: _convolution,
+    nn.Embedding.forward: _lookup,
+}
+
+
+__all__ = ["alike", "away", "computing", "narrow", "place", "where"]

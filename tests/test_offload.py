@@ -1,0 +1,278 @@
+"""Weights in main memory: the same pictures, little on the device, and nothing left behind.
+
+No accelerator is needed: torch's fake tensors say where each would lie and refuse to compute across
+devices, and the memory of the device is what they would take.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from skimage import data
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from bench import sizes
+from bench.fake_gpu import GPU, Memory, bytes_on, gpu, networks
+from diffedit import Call, Editor, Pass, errors
+from diffedit.cli import main
+from diffedit.models import devices, holding
+from diffedit.models.protocol import Conditioning, ModelInput
+from diffedit.rows import RowKey, RowMap
+from diffedit_img2img import Img2Img
+from diffedit_lora import LoRA
+from diffedit_style import Style
+from diffedit_textual_inversion import TextualInversion
+from tests.families import FAMILIES, FLUX, SD, SDXL, Tiny
+from tests.families.additions import additions, written
+from tests.laws.test_restoration import state, unchanged
+from tests.laws.tools import Custom
+from tests.test_textual_inversion import file_of
+
+PICTURE = data.coffee()[:64, :64]
+PASS = Pass(prompt="a red circle", steps=2, guidance=3.0)
+
+
+@pytest.fixture(params=FAMILIES, ids=lambda family: family.name)
+def family(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+#: Families whose prompts are cut to their lengths, which a fake does not know.
+LENGTHS = ("qwen-image", "z-image")
+
+
+def conditioning(family: Tiny, model: Any) -> Conditioning:
+    """Of a prompt."""
+    if family.name not in LENGTHS:
+        made: Conditioning = model.embed(["a red circle"], (64, 64))
+        return made
+    with unset_fake_temporarily():
+        known = family.model(family.pipeline()).embed(["a red circle"], (64, 64))
+    return Conditioning({name: one.to(GPU) for name, one in known.tensors.items()}, known.ragged)
+
+
+def call(model: Any, family: Tiny) -> ModelInput:
+    side = 64 // model.cell
+    latents = torch.empty(1, model.channels, side, side, device=GPU)
+    guided = 3.0 if "embedded_guidance" in model.capabilities else None
+    rows = RowMap((RowKey("positive", 0),))
+    timestep = torch.tensor(500.0, device=GPU)
+    return ModelInput(latents, timestep, conditioning(family, model), rows, guidance=guided)
+
+
+@pytest.mark.parametrize("room", [None, 1_000_000, 0], ids=["all", "some", "none"])
+def test_a_model_computes_on_the_device_wherever_its_weights_are(
+    family: Tiny, room: int | None
+) -> None:
+    pipe: Any = family.pipeline()
+    whole = bytes_on("cpu", pipe)
+    with gpu():
+        holding.place(networks(pipe), GPU, room)
+        model: Any = family.model(pipe)
+        assert model.device == GPU
+        there, here = bytes_on("cuda", pipe), bytes_on("cpu", pipe)
+        assert there + here == whole
+        assert sum(holding.away(one) for one in networks(pipe)) == here
+        if room is None:
+            assert here == 0
+        else:  # what never stays away comes on top
+            least = whole - sum(t.nbytes for one in networks(pipe) for t in _layers(one))
+            assert there <= room + least
+        given = call(model, family)
+        if family.name not in LENGTHS:
+            assert model.predict(given).device == GPU
+        assert model.decode(given.latents).device == GPU
+        assert model.encode(torch.empty(1, 3, 64, 64, device=GPU)).device == GPU
+
+
+def _layers(network: nn.Module) -> list[Tensor]:
+    """The weights that may stay away."""
+    kinds = [one.forward for one in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)]
+    found = {
+        id(t): t
+        for layer in network.modules()
+        if type(layer).forward in kinds
+        for t in layer.parameters(recurse=False)
+    }
+    return list(found.values())
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "flux"])
+def test_of_large_models_hundredths_are_on_the_device(name: str) -> None:
+    with gpu():
+        pipe = sizes.MODELS[name].make()
+        whole = bytes_on("cpu", pipe)
+        holding.place(networks(pipe), GPU, 0)
+        assert bytes_on("cuda", pipe) < 0.01 * whole
+
+
+def test_the_denoiser_finds_room_first_and_then_takes_no_more() -> None:
+    pipe: Any = SD.pipeline()
+    unet = sum(one.nbytes for one in pipe.unet.parameters())
+    with gpu():
+        holding.place([pipe.unet, pipe.vae, pipe.text_encoder], GPU, unet)
+        assert holding.away(pipe.unet) == 0
+        assert holding.away(pipe.vae) > 0.9 * sum(one.nbytes for one in _layers(pipe.vae))
+        with Memory() as memory:
+            model: Any = SD.model(pipe)
+            given = call(model, SD)
+            model.predict(given)
+    # Nothing that was fetched is kept.
+    assert memory.used < 0.1 * unet
+
+
+def test_a_table_that_serves_two_layers_is_in_one_place() -> None:
+    pipe: Any = FLUX.pipeline()
+    encoder = pipe.text_encoder_2
+    assert encoder.shared.weight is encoder.encoder.embed_tokens.weight
+    with gpu():
+        for room in (None, 0):
+            holding.place([encoder], GPU, room)
+            assert encoder.shared.weight is encoder.encoder.embed_tokens.weight
+            assert holding.where(encoder) == GPU
+
+
+ADDITIONS = ["plain", "float8", "lora", "textual_inversion", "style", "controlnet"]
+
+
+@pytest.fixture(params=[SD, SDXL], ids=lambda one: one.name)
+def learning(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.mark.parametrize("with_", ADDITIONS)
+def test_pictures_are_the_same_and_the_model_as_it_was(
+    learning: Tiny, with_: str, tmp_path: Path
+) -> None:
+    pipe = learning.pipeline()
+    learning.save(pipe, tmp_path / "model")
+    pass_ = PASS
+    if with_ == "lora":
+        file = written(tmp_path / "lora.safetensors", additions(pipe))
+        pass_ = PASS.model_copy(update={"edits": (LoRA(model=file),)})
+    if with_ == "textual_inversion":
+        word = TextualInversion(model=file_of(learning, tmp_path), token="<thing>")
+        pass_ = PASS.model_copy(update={"edits": (word,), "prompt": "a <thing>"})
+    if with_ == "style":
+        edits = (Img2Img(strength=0.6), Style(image=data.astronaut()))
+        pass_ = PASS.model_copy(update={"edits": edits})
+    if with_ == "controlnet":
+        from diffedit_controlnet import ControlNet
+
+        learning.control_net(pipe).save_pretrained(tmp_path / "net")
+        edit = ControlNet(model=str(tmp_path / "net"), kind="canny", image=PICTURE)
+        pass_ = PASS.model_copy(update={"edits": (edit,)})
+    image = PICTURE if with_ == "style" else None
+    dtype = "float8" if with_ == "float8" else None
+
+    def loaded(room: int | str | None) -> Editor:
+        return Editor.load(tmp_path / "model", device="cpu", dtype=dtype, max_memory=room)
+
+    wanted = loaded(None).run(image, pass_, seed=3).latents
+    editor = loaded("0 GB")
+    assert editor.model.info["in_main_memory"] > 0
+    before = state(editor)
+    made = editor.run(image, pass_, seed=3).latents
+    assert torch.equal(made, wanted)  # type: ignore[arg-type]
+    unchanged(before, state(editor))
+    with editor.stream(image, pass_, seed=3) as events:
+        next(iter(events))  # and is left in the midst
+    unchanged(before, state(editor))
+
+    def fails(prediction: Tensor, call: Call) -> Tensor:
+        raise RuntimeError("in the midst of a step")
+
+    broken = Custom(parts={"refine": fails})
+    with pytest.raises(errors.PluginError, match="in the midst"):
+        editor.run(image, pass_.model_copy(update={"edits": (*pass_.edits, broken)}), seed=3)
+    unchanged(before, state(editor))
+    again = editor.run(image, pass_, seed=3).latents
+    assert torch.equal(again, wanted)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("with_", ["textual_inversion", "controlnet"])
+def test_what_comes_on_top_is_where_it_is_computed_with(
+    learning: Tiny, with_: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def really(file: Any, **options: Any) -> dict[str, Tensor]:
+        with unset_fake_temporarily():
+            return load_file(file, **options)
+
+    monkeypatch.setattr("diffedit.models.textual_inversion.load_file", really)
+    pipe: Any = learning.pipeline()
+    net = learning.control_net(pipe)
+    word = file_of(learning, tmp_path)
+    with gpu():
+        holding.place(networks(pipe), GPU, 0)
+        model: Any = learning.model(pipe)
+        if with_ == "textual_inversion":
+            model.add_textual_inversion(model.load_textual_inversion(word, "<thing>"))
+        given = call(model, learning)
+        if with_ == "controlnet":
+            holding.place([net], GPU)
+            model.control(net, given, torch.empty(1, 3, 64, 64, device=GPU), 1.0)
+        assert model.predict(given).device == GPU
+
+
+def test_a_lora_is_where_it_is_computed_with(learning: Tiny, tmp_path: Path) -> None:
+    pipe: Any = learning.pipeline()
+    file = written(tmp_path / "lora.safetensors", additions(pipe))
+    elsewhere = torch.device("meta")  # peft moves layers in a way that fakes do not bear
+    holding.place([pipe.unet], elsewhere, 0)
+    model: Any = learning.model(pipe)
+    model.add_lora(model.load_lora(file), 1.0)
+    layers = [one for one in pipe.unet.modules() if type(one).__name__ == "Linear"]
+    found = [t for name, t in pipe.unet.named_parameters() if "lora_" in name]
+    assert len(found) > 10
+    assert {one.device for one in found} == {elsewhere}
+    assert {one.weight.device.type for one in layers if holding.away(one)} == {"cpu"}
+
+
+def test_a_model_that_does_not_fit_is_loaded_all_the_same(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pipe: Any = SD.pipeline()
+    with gpu(), Memory(1_500_000):
+        holding.settle(pipe.components, pipe.unet, GPU, None, "large")
+        assert bytes_on("cuda", pipe) < 300_000
+        SD.model(pipe).predict(call(SD.model(pipe), SD))
+    assert "large: more than fits into the memory of cuda:0" in caplog.text
+
+
+def test_out_of_memory_the_weights_are_the_last_thing_given_up() -> None:
+    pipe: Any = SD.pipeline()
+    with gpu():
+        holding.place(networks(pipe), GPU)
+        model: Any = SD.model(pipe)
+        assert model.save_memory() == "predictions one after the other and the autoencoder in tiles"
+        assert model.save_memory() == "the weights in main memory until they are needed"
+        assert model.info["in_main_memory"] > 0.9 * bytes_on("cpu", pipe)
+        assert model.predict(call(model, SD)).device == GPU
+        assert model.save_memory() is None
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [(5, 5), ("0", 0), ("6GB", 6_000_000_000), ("5.5 GiB", 5_905_580_032), ("500mb", 500_000_000)],
+)
+def test_sizes_are_read_as_people_write_them(said: int | str, meant: int) -> None:
+    assert devices.room(said) == meant
+
+
+@pytest.mark.parametrize("said", ["much", "-1", -1, "6 apples", "", True, "1e9"])
+def test_what_is_no_size_is_refused(said: Any) -> None:
+    with pytest.raises(errors.ModelError, match=r"max_memory .* needs bytes, or a size such as"):
+        Editor.load(max_memory=said)
+
+
+def test_the_command_line_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["edit", "-o", str(tmp_path / "a.png"), "-p", "x", "--steps", "1", "--device", "cpu"]
+    line += ["--size", "64x64"]
+    assert main([*line, "--max-memory", "3MB"]) == 0
+    assert main([*line, "--overwrite", "--max-memory", "lots"]) == 2
+    assert "max_memory 'lots'" in capsys.readouterr().err
