@@ -115,6 +115,7 @@ def test_a_dry_run_says_what_it_needs_and_writes_no_result(
 
 
 DOC = (Path(__file__).parents[2] / "docs" / "training.md").read_text("utf-8")
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def test_the_schema_takes_what_loads_and_refuses_the_rest(
@@ -154,3 +155,11 @@ def test_the_files_on_the_page_are_right(tmp_path: Path) -> None:
 def test_help_names_the_options() -> None:
     told = CliRunner().invoke(train, ["--help"])
     assert all(option in told.output for option in ("--resume", "--max-minutes", "--dry-run"))
+
+
+@pytest.mark.parametrize(
+    "file", sorted(EXAMPLES.rglob("train*/*.yaml")), ids=lambda file: file.stem
+)
+def test_the_examples_are_read(file: Path) -> None:
+    stages = config.load(file)
+    assert [one.train for one in stages]
