@@ -13,6 +13,7 @@ _WANTED: dict[str, PassItem] = {
     # Without a prompt what lies around the mask is carried on, and nothing has to be guided.
     "remove": PassItem({"prompt": "", "guidance": 1.0}, (_PAINTED,)),
     "restyle": PassItem({}, (EditItem("img2img", {"strength": 0.5}), EditItem("style"))),
+    "follow": PassItem({}, (EditItem("controlnet", {"kind": "canny"}),)),
     "vary": PassItem({}, (EditItem("img2img", {"strength": 0.6}),)),
     "make": PassItem(),
 }

@@ -92,6 +92,13 @@ def test_values_are_put_in() -> None:
 
 
 def test_presets_need_their_edits() -> None:
-    assert set(presets(diffedit.edits())) == {"paint", "remove", "restyle", "vary", "make"}
+    assert set(presets(diffedit.edits())) == {
+        "paint",
+        "remove",
+        "restyle",
+        "follow",
+        "vary",
+        "make",
+    }
     assert set(presets({"img2img"})) == {"vary", "make"}
     assert all(f"preset_{key}" in COMPOSER["en"] for key in presets(diffedit.edits()))
