@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 from bench import measure, sizes
-from bench.fake_gpu import GPU, Memory, bytes_on, gpu
+from bench.fake_gpu import GPU, Memory, bytes_on, gpu, networks
 from diffedit.models import holding
 from diffedit.models.protocol import ModelInput
 from diffedit.rows import RowKey, RowMap
@@ -84,7 +84,8 @@ def _placed(size: sizes.Size, pipe: Any, share: float) -> tuple[Any, ModelInput]
     """A model on the GPU, and a call of its denoiser for a picture of its own size."""
     room = int(share * sum(bytes_on(one, pipe) for one in ("cpu", "cuda")))
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
-    holding.settle(pipe.components, denoiser, GPU, room, "the model")
+    parts = sorted(networks(pipe), key=lambda one: one is not denoiser)
+    holding.place(parts, GPU, room)
     model = size.model(pipe, "random weights")
     branches = ("positive", "negative")[: 1 + size.negative]
     cells = size.side // model.cell

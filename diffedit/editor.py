@@ -58,6 +58,7 @@ class Editor:
         self._lock = threading.Lock()
         self._resources: dict[str, Any] = {}
         self._embeddings = Embeddings()
+        self._max_memory: int | str | None = None
 
     @classmethod
     def load(
@@ -92,7 +93,9 @@ class Editor:
             vae=vae,
             max_memory=max_memory,
         )
-        return cls(model, found, os.fspath(source))
+        editor = cls(model, found, os.fspath(source))
+        editor._max_memory = max_memory
+        return editor
 
     @property
     def edits(self) -> Mapping[str, type[Edit]]:
@@ -217,7 +220,9 @@ class Editor:
         dtype: Any = "float8" if narrow else own.dtype
         model: LatentModel = self._resource(
             f"model:{source}",
-            lambda: loading.load(source, families, device=own.device, dtype=dtype),
+            lambda: loading.load(
+                source, families, device=own.device, dtype=dtype, max_memory=self._max_memory
+            ),
         )
 
         def load(key: str, loader: Callable[[], Any]) -> Any:

@@ -1,7 +1,8 @@
 """Makes pictures of the docs with the embedded model: ``python docs/pictures.py``.
 
 The README's: left the photograph with the mask outlined, then what three prompts put there. That of
-`prompts.md`: a prompt, then with a region, then two regions. The seeds are fixed, so a machine of
+`prompts.md`: a prompt, then with a region, then two regions. That of `train-controlnet.md`: a drawn
+scene, its edges, and three prompts that follow them. The seeds are fixed, so a machine of
 the same kind makes the same pictures again.
 """
 
@@ -14,6 +15,9 @@ import numpy as np
 from PIL import Image
 
 from diffedit import Editor, Pass
+from diffedit.training.hints import Hinted
+from diffedit.training.world.source import Drawn
+from diffedit_controlnet import ControlNet
 from diffedit_inpaint import Inpaint
 from diffedit_region import Region
 
@@ -21,13 +25,31 @@ ROOT = Path(__file__).resolve().parent.parent
 PHOTO = ROOT / "examples" / "coffee.png"
 MASK = ROOT / "examples" / "coffee-mask.png"
 PROMPTS = (("a yellow star", 7), ("a white ring", 6), ("a cyan triangle", 6))
+SCENE = 900000
+FOLLOWED = (
+    ("an outlined blue cup and an orange vase on a white table", 0),
+    ("a shaded red cup and a green vase on a yellow table", 0),
+    ("a neon cyan cup and a pink vase", 0),
+)
 
 
 def main() -> None:
-    """Write both."""
+    """Write all."""
     editor = Editor.load()
     before_after(editor)
     regions(editor)
+    edges(editor)
+
+
+def edges(editor: Editor) -> None:
+    """Write docs/edges.png."""
+    scene = Hinted(Drawn({"rich": 1.0}, 1, 256, first=SCENE), "canny")[0]
+    assert scene.hint is not None
+    pictures = [scene.image, scene.hint]
+    for prompt, seed in FOLLOWED:
+        pass_ = Pass(prompt=prompt, edits=(ControlNet(kind="canny"),))
+        pictures.append(editor.run(scene.image, pass_, seed=seed).pixels)
+    Image.fromarray(np.concatenate(pictures, axis=1)).save(ROOT / "docs" / "edges.png")
 
 
 def regions(editor: Editor) -> None:

@@ -165,6 +165,20 @@ def test_it_is_tried_once(caplog: pytest.LogCaptureFixture) -> None:
     assert apart(run(editor), meant) <= 1
 
 
+def test_each_cheaper_setting_is_tried_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    editor = testing.tiny_editor()
+    run(editor)
+    editor.forget()
+    left = iter(["less of this", "less of that", None])
+    monkeypatch.setattr(editor.model, "save_memory", lambda: next(left))
+    with Allocator(400, lasting=True), pytest.raises(errors.OutOfMemory) as told:
+        run(editor)
+    assert "also with less of this and less of that" in str(told.value)
+    assert caplog.text.count("trying again") == 2
+
+
 def test_the_cpus_own_allocator_is_known() -> None:
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**60)

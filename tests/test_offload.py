@@ -20,7 +20,7 @@ from bench import sizes
 from bench.fake_gpu import GPU, Memory, bytes_on, gpu, networks
 from diffedit import Call, Editor, Pass, errors
 from diffedit.cli import main
-from diffedit.models import devices, holding
+from diffedit.models import devices, holding, loading
 from diffedit.models.protocol import Conditioning, ModelInput
 from diffedit.rows import RowKey, RowMap
 from diffedit_img2img import Img2Img
@@ -92,11 +92,11 @@ def test_a_model_computes_on_the_device_wherever_its_weights_are(
 
 def _layers(network: nn.Module) -> list[Tensor]:
     """The weights that may stay away."""
-    kinds = [one.forward for one in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)]
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
     found = {
         id(t): t
         for layer in network.modules()
-        if type(layer).forward in kinds
+        if type(layer) in kinds
         for t in layer.parameters(recurse=False)
     }
     return list(found.values())
@@ -170,15 +170,13 @@ def test_pictures_are_the_same_and_the_model_as_it_was(
     image = PICTURE if with_ == "style" else None
     dtype = "float8" if with_ == "float8" else None
 
-    def loaded(room: int | str | None) -> Editor:
-        return Editor.load(tmp_path / "model", device="cpu", dtype=dtype, max_memory=room)
-
-    wanted = loaded(None).run(image, pass_, seed=3).latents
-    editor = loaded("0 GB")
+    wanted = Editor.load(tmp_path / "model", device="cpu", dtype=dtype).run(image, pass_, seed=3)
+    editor = Editor.load(tmp_path / "model", device="cpu", dtype=dtype)
+    holding.place(list(editor.model.parts()), torch.device("cpu"), 0)
     assert editor.model.info["in_main_memory"] > 0
     before = state(editor)
     made = editor.run(image, pass_, seed=3).latents
-    assert torch.equal(made, wanted)  # type: ignore[arg-type]
+    assert torch.equal(made, wanted.latents)  # type: ignore[arg-type]
     unchanged(before, state(editor))
     with editor.stream(image, pass_, seed=3) as events:
         next(iter(events))  # and is left in the midst
@@ -192,7 +190,7 @@ def test_pictures_are_the_same_and_the_model_as_it_was(
         editor.run(image, pass_.model_copy(update={"edits": (*pass_.edits, broken)}), seed=3)
     unchanged(before, state(editor))
     again = editor.run(image, pass_, seed=3).latents
-    assert torch.equal(again, wanted)  # type: ignore[arg-type]
+    assert torch.equal(again, wanted.latents)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("with_", ["textual_inversion", "controlnet"])
@@ -234,14 +232,99 @@ def test_a_lora_is_where_it_is_computed_with(learning: Tiny, tmp_path: Path) -> 
 
 
 def test_a_model_that_does_not_fit_is_loaded_all_the_same(
-    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    SD.save(SD.pipeline(), tmp_path)
+    placed: list[int | None] = []
+
+    def place(networks: Any, device: torch.device, room: int | None = None) -> None:
+        placed.append(room)
+        if room != 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    monkeypatch.setattr(holding, "place", place)
+    monkeypatch.setattr(devices, "chosen", lambda device: torch.device(device or GPU))
+    for said, rooms in [(None, [None, 0]), ("2 MB", [2_000_000, 0])]:
+        caplog.clear()
+        placed.clear()
+        Editor.load(tmp_path, max_memory=said)
+        assert placed == rooms
+        assert f"{tmp_path}: more than fits into the memory of cuda:0" in caplog.text
+    placed.clear()
+    with pytest.raises(errors.ModelError, match="out of memory"):
+        Editor.load(tmp_path, device="cpu", max_memory="2 MB")  # there is no other place
+    assert placed == [None]
+
+
+def test_every_model_of_a_workflow_has_the_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        SD.save(SD.pipeline(), tmp_path / name)
+    editor = Editor.load(tmp_path / "one", device="cpu", max_memory="1 GB")
+    given: list[Any] = []
+    load = loading.load
+
+    def noted(*some: Any, **said: Any) -> Any:
+        given.append(said["max_memory"])
+        return load(*some, **said)
+
+    monkeypatch.setattr(loading, "load", noted)
+    two = PASS.model_copy(update={"model": str(tmp_path / "two"), "edits": (Img2Img(),)})
+    editor.run(None, [PASS, two], size=(64, 64))
+    assert given == ["1 GB"]
+
+
+def test_where_a_model_computes_is_where_it_was_moved() -> None:
     pipe: Any = SD.pipeline()
-    with gpu(), Memory(1_500_000):
-        holding.settle(pipe.components, pipe.unet, GPU, None, "large")
-        assert bytes_on("cuda", pipe) < 300_000
-        SD.model(pipe).predict(call(SD.model(pipe), SD))
-    assert "large: more than fits into the memory of cuda:0" in caplog.text
+    model: Any = SD.model(pipe)
+    holding.place(networks(pipe), torch.device("cpu"))
+    pipe.to("meta")
+    assert model.device.type == "meta"
+    with gpu():
+        pipe = SD.pipeline()
+        holding.place(networks(pipe), torch.device("cuda"), 0)
+        assert holding.where(pipe.unet) == GPU  # of which there may be others
+
+
+def test_a_word_that_was_read_before_the_weights_moved(
+    learning: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def really(file: Any, **options: Any) -> dict[str, Tensor]:
+        with unset_fake_temporarily():
+            return load_file(file, **options)
+
+    monkeypatch.setattr("diffedit.models.textual_inversion.load_file", really)
+    pipe: Any = learning.pipeline()
+    file = file_of(learning, tmp_path)
+    with gpu():
+        holding.place(networks(pipe), GPU)
+        model: Any = learning.model(pipe)
+        word = model.load_textual_inversion(file, "<thing>")
+        assert all(rows.device == GPU for rows in word.rows.values())
+        holding.place(networks(pipe), GPU, 0)  # as when memory runs out
+        model.add_textual_inversion(word)
+        assert model.embed(["a <thing>"], (64, 64)).tensors["text"].device == GPU
+
+
+def test_a_dora_is_refused_where_weights_are_not_there(learning: Tiny, tmp_path: Path) -> None:
+    pipe: Any = learning.pipeline()
+    state = dict(additions(pipe, parts=("unet",)))
+    for key in [key for key in state if key.endswith("lora_A.weight")]:
+        name = key.replace("lora_A.weight", "lora_magnitude_vector")
+        state[name] = torch.ones(len(state[key.replace("lora_A", "lora_B")]))
+    model: Any = learning.model(pipe)
+    lora = model.load_lora(written(tmp_path / "dora.safetensors", state))
+    model.add_lora(lora, 1.0)()
+    holding.place([pipe.unet], torch.device("cpu"), 0)
+    with pytest.raises(errors.ModelError, match="is a DoRA, which reads the weights of layers"):
+        model.add_lora(lora, 1.0)
+
+
+def test_weights_that_others_read_stay_where_they_are_read() -> None:
+    attention = nn.MultiheadAttention(8, 2)
+    holding.place([attention], torch.device("cpu"), 0)
+    assert not holding.holds(attention)
 
 
 def test_out_of_memory_the_weights_are_the_last_thing_given_up() -> None:
@@ -258,15 +341,23 @@ def test_out_of_memory_the_weights_are_the_last_thing_given_up() -> None:
 
 @pytest.mark.parametrize(
     ("said", "meant"),
-    [(5, 5), ("0", 0), ("6GB", 6_000_000_000), ("5.5 GiB", 5_905_580_032), ("500mb", 500_000_000)],
+    [
+        (0, 0),
+        (5_000_000, 5_000_000),
+        ("0", 0),
+        ("6GB", 6_000_000_000),
+        ("5.5 GiB", 5_905_580_032),
+        ("500mb", 500_000_000),
+    ],
 )
 def test_sizes_are_read_as_people_write_them(said: int | str, meant: int) -> None:
     assert devices.room(said) == meant
 
 
-@pytest.mark.parametrize("said", ["much", "-1", -1, "6 apples", "", True, "1e9"])
+@pytest.mark.parametrize("said", ["much", "-1", -1, "6 apples", "", True, "1e9", 6, "6", 0.5])
 def test_what_is_no_size_is_refused(said: Any) -> None:
-    with pytest.raises(errors.ModelError, match=r"max_memory .* needs bytes, or a size such as"):
+    wanted = r"max_memory .*: (needs bytes, or a size such as|so few bytes)"
+    with pytest.raises(errors.ModelError, match=wanted):
         Editor.load(max_memory=said)
 
 
@@ -274,5 +365,8 @@ def test_the_command_line_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture
     line = ["edit", "-o", str(tmp_path / "a.png"), "-p", "x", "--steps", "1", "--device", "cpu"]
     line += ["--size", "64x64"]
     assert main([*line, "--max-memory", "3MB"]) == 0
+    run = [str(tmp_path / "one.yaml"), "-o", str(tmp_path / "b.png"), "--device", "cpu"]
+    Path(run[0]).write_text("size: 64x64\npasses: [{prompt: x, steps: 1}]\n", "utf-8")
+    assert main(["run", *run, "--max-memory", "3MB"]) == 0
     assert main([*line, "--overwrite", "--max-memory", "lots"]) == 2
     assert "max_memory 'lots'" in capsys.readouterr().err

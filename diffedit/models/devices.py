@@ -67,6 +67,8 @@ def room(said: int | str) -> int:
     if found is None or isinstance(said, bool):
         raise ModelError(f"max_memory {said!r}: needs bytes, or a size such as '6GB' or '500MB'")
     number, unit, binary = found.groups()
+    if unit is None and 0 < float(number) < 1_000_000:
+        raise ModelError(f"max_memory {said!r}: so few bytes hold nothing; say '{number}GB'")
     step = 1024 if binary else 1000
     return int(float(number) * step ** ("kmgt".index(unit.lower()) + 1 if unit else 0))
 

@@ -7,7 +7,6 @@ and let go of when it is done. What a pass leaves is therefore what it found, ho
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections import Counter
@@ -21,12 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffedit.errors import ModelError
-from diffedit.memory import exhausted, let_go
 
-log = logging.getLogger(__name__)
-
-#: Layers whose weights are most of a network.
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _MAIN = torch.device("cpu")
 
 
@@ -54,39 +48,12 @@ def narrow(network: Any, storage: str) -> None:
         *(network._keep_in_fp32_modules or ()),
     ]
     for name, layer in network.named_modules():
-        if isinstance(layer, _LAYERS) and not any(re.search(one, name) for one in exact):
+        known = type(layer) in _FORWARDS and not isinstance(layer, nn.Embedding)
+        if known and not any(re.search(one, name) for one in exact):
             kind = layer.weight.dtype
             for weight in _weights(layer).values():
                 weight.data = weight.data.to(getattr(torch, storage))
             _hold(layer, dtype=kind)
-
-
-def settle(
-    components: Mapping[str, Any], denoiser: nn.Module, device: torch.device, room: int | None,
-    source: str,
-) -> None:  # fmt: skip
-    """Put a model's networks on a device, its denoiser first.
-
-    Without `room` all of them, unless the device has too little memory.
-
-    Args:
-        source: the model, for people.
-    """
-    networks = [one for one in components.values() if isinstance(one, nn.Module)]
-    networks.sort(key=lambda one: one is not denoiser)
-    try:
-        place(networks, device, room)
-    except Exception as error:
-        if device == _MAIN or not exhausted(error):
-            raise
-        let_go(error)
-        log.warning(
-            "%s: more than fits into the memory of %s: its weights stay in main memory until they"
-            " are needed, which is slower (max_memory says how much room there is)",
-            source,
-            device,
-        )
-        place(networks, device, 0)
 
 
 def place(networks: Sequence[nn.Module], device: torch.device, room: int | None = None) -> None:
@@ -97,22 +64,21 @@ def place(networks: Sequence[nn.Module], device: torch.device, room: int | None 
 
     Args:
         networks: the first find room first.
-        room: for weights on the device, in bytes; None: enough. Layers and tables are what may
-            stay away; the rest, a few hundredths of most networks, never does.
+        room: for weights on the device, in bytes; None: enough. Layers and tables of torch's own
+            classes are what may stay away; the rest, a few hundredths of most networks, never does.
     """
+    device = torch.empty(0, device=device).device  # "cuda" is the one that is current, "cuda:0"
     left = math.inf if room is None else room
     layers = [layer for network in networks for layer in network.modules()]
     serves = Counter(id(one) for layer in layers for one in _weights(layer).values())
     # Weights that serve several layers, as the tables of text encoders do: what they were, are,
     # and whether they stay. What others were is let go of at once.
     shared: dict[int, tuple[nn.Parameter, nn.Parameter, bool]] = {}
-    for network in networks:
-        network._computes_on = device  # type: ignore[assignment]
     for layer in layers:
         weights = _weights(layer)
         size = sum(one.nbytes for one in weights.values() if id(one) not in shared)
         stays = any(shared[id(one)][2] for one in weights.values() if id(one) in shared)
-        stays = stays or (size > left and type(layer).forward in _FORWARDS)
+        stays = stays or (size > left and type(layer) in _FORWARDS)
         if stays:
             _hold(layer, device=device)
         else:
@@ -126,6 +92,10 @@ def place(networks: Sequence[nn.Module], device: torch.device, room: int | None 
                 shared[id(one)] = one, made, stays
         for name, buffer in layer._buffers.items():
             layer._buffers[name] = None if buffer is None else buffer.to(device)
+    for network in networks:
+        network.__dict__.pop("_computes_on", None)
+        if away(network):
+            network._computes_on = device  # type: ignore[assignment]
 
 
 def _weights(layer: nn.Module) -> dict[str, nn.Parameter]:
@@ -135,10 +105,7 @@ def _weights(layer: nn.Module) -> dict[str, nn.Parameter]:
 def _moved(weight: nn.Parameter, to: torch.device) -> nn.Parameter:
     if weight.device == to:
         return weight
-    there = weight.detach().to(to)
-    if to == _MAIN and torch.cuda.is_available():
-        there = there.pin_memory()  # which devices read by themselves
-    return nn.Parameter(there, requires_grad=weight.requires_grad)
+    return nn.Parameter(weight.detach().to(to), requires_grad=weight.requires_grad)
 
 
 def computing(network: nn.Module) -> torch.dtype:
@@ -165,6 +132,11 @@ def away(network: nn.Module) -> int:
     return sum(one.nbytes for one in weights.values())
 
 
+def holds(network: nn.Module) -> bool:
+    """Whether some layers of a network compute with copies of their weights."""
+    return any(_held(one) != _Held() for one in network.modules())
+
+
 def alike(layer: nn.Module, other: nn.Module) -> None:
     """Hold a layer as another of its class is held, in whose place it comes."""
     if (held := _held(other)) != _Held():
@@ -186,7 +158,7 @@ def _held(layer: nn.Module) -> _Held:
 def _hold(layer: Any, **how: Any) -> None:
     """Have a layer compute with copies of its weights."""
     layer._held = replace(_held(layer), **how)
-    layer.forward = MethodType(_FORWARDS[type(layer).forward], layer)
+    layer.forward = MethodType(_FORWARDS[type(layer)], layer)
 
 
 def _linear(layer: Any, x: Tensor) -> Tensor:
@@ -210,20 +182,21 @@ def _copies(layer: Any) -> tuple[Tensor, Tensor | None]:
     def copied(one: Tensor) -> Tensor:
         # As it is held first: fewer bytes travel.
         if held.device is not None:
-            one = one.to(held.device, non_blocking=True)
+            one = one.to(held.device)
         return one.to(held.dtype or one.dtype)
 
     return copied(layer.weight), None if layer.bias is None else copied(layer.bias)
 
 
-#: What computes in the place of which layers' forward; layers with one of their own are left alone.
-_FORWARDS: Mapping[Callable[..., Tensor], Callable[..., Tensor]] = {
-    nn.Linear.forward: _linear,
-    nn.Conv1d.forward: _convolution,
-    nn.Conv2d.forward: _convolution,
-    nn.Conv3d.forward: _convolution,
-    nn.Embedding.forward: _lookup,
+#: What computes in the place of which layers. Classes that derive from them are left alone: they
+#: have a way of their own, or somebody else reads their weights, as attention of torch's does.
+_FORWARDS: Mapping[type, Callable[..., Tensor]] = {
+    nn.Linear: _linear,
+    nn.Conv1d: _convolution,
+    nn.Conv2d: _convolution,
+    nn.Conv3d: _convolution,
+    nn.Embedding: _lookup,
 }
 
 
-__all__ = ["alike", "away", "computing", "narrow", "place", "where"]
+__all__ = ["alike", "away", "computing", "holds", "narrow", "place", "where"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,8 +79,9 @@ def load(
     if dtype in devices.NARROW:
         more["storage"], dtype = devices.NARROW[dtype], None
     kind = devices.named(dtype) or devices.usual(family, on)
-    if max_memory is not None:
-        more["room"] = devices.room(max_memory)
+    room = None if max_memory is None else devices.room(max_memory)
+    if room is not None and on.type != "cpu":
+        more["room"] = room
     if repository is not None:
         where = str(repository.model(variant))
     _mention_code(source, where, repository)
@@ -88,7 +89,8 @@ def load(
         from diffedit.models.autoencoder import load_autoencoder
 
         more["vae"] = load_autoencoder(str(vae), where, more.get("config"), kind)
-    model = family.load(where, device=on, dtype=kind, revision=revision, variant=variant, **more)
+    said = {"device": on, "dtype": kind, "revision": revision, "variant": variant, **more}
+    model = _fitting(source, on, lambda **less: family.load(where, **{**said, **less}))
     if vae is not None:
         if not hasattr(model, "replaced"):
             raise ModelError(f"{source}: models of its family take no other autoencoder")
@@ -98,6 +100,27 @@ def load(
             raise ModelError(f"{source}: models of its family cannot be compiled")
         model.compile("default" if compiled is True else compiled)
     return model
+
+
+def _fitting(
+    source: str | os.PathLike[str], device: torch.device, load: Callable[..., LatentModel]
+) -> LatentModel:
+    """Load; and what is too large for the device once more, with its weights in main memory."""
+    from diffedit.memory import exhausted, let_go
+
+    try:
+        return load()
+    except Exception as error:
+        if device.type == "cpu" or not exhausted(error):
+            raise
+        let_go(error)
+    log.warning(
+        "%s: more than fits into the memory of %s: its weights stay in main memory until they are"
+        " needed, which is slower (max_memory says how much room there is)",
+        source,
+        device,
+    )
+    return load(room=0)
 
 
 def recognised(
@@ -210,6 +233,8 @@ def components(cls: Any, source: str, **options: Any) -> Any:
     config, storage, room = (options.pop(name, None) for name in ("config", "storage", "room"))
     repository = _repository(source, revision)
     path = Path(source) if repository is None else repository.model(variant)
+    import torch
+
     from diffedit.models import holding
 
     try:
@@ -226,7 +251,8 @@ def components(cls: Any, source: str, **options: Any) -> Any:
         denoiser = getattr(pipe, "unet", None) or pipe.transformer
         if storage is not None:
             holding.narrow(denoiser, storage)
-        holding.settle(pipe.components, denoiser, device, room, source)
+        networks = [one for one in pipe.components.values() if isinstance(one, torch.nn.Module)]
+        holding.place(sorted(networks, key=lambda one: one is not denoiser), device, room)
         return pipe
     except ModelError:
         raise

@@ -154,6 +154,11 @@ class Additions:
             undo.callback(self._weigh)
             for part, (config, state) in lora.parts.items():
                 module = self.modules[part]
+                if any("magnitude" in key for key in state) and holding.holds(module):
+                    raise ModelError(
+                        f"{lora.source}: is a DoRA, which reads the weights of layers: some of"
+                        " this model are held in eight bits or in main memory (dtype, max_memory)"
+                    )
                 undo.callback(_Kept(module).put_back, name)
                 # peft rewrites the configuration that it is given.
                 own, of = copy.deepcopy(config), dict(state)

@@ -147,7 +147,7 @@ def teach(pipe: Any, readers: Mapping[str, str], word: Word) -> Callable[[], Non
             table = encoder.get_input_embeddings()
             longer = table.weight.new_zeros(max(*places, len(table.weight) - 1) + 1, rows.shape[1])
             longer[: len(table.weight)] = table.weight
-            longer[list(places)] = rows
+            longer[list(places)] = rows.to(longer)  # the table may have moved since
             undo.callback(encoder.set_input_embeddings, table)
             made = nn.Embedding.from_pretrained(longer).train(table.training)
             holding.alike(made, table)

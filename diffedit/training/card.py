@@ -408,10 +408,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="OUT",
         help="the 'out' of a training that made it, in order; replaces what the card told of that",
     )
+    parser.add_argument(
+        "--also",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="OUT",
+        help="the same of one that came on top",
+    )
     options = parser.parse_args(arguments)
     figures = read(options.folder)
     if options.training:
         figures["training"] = [history(out) for out in options.training]
+    figures.setdefault("training", []).extend(history(out) for out in options.also)
     write(options.folder, figures)
     return 0
 
