@@ -25,11 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PHOTO = ROOT / "examples" / "coffee.png"
 MASK = ROOT / "examples" / "coffee-mask.png"
 PROMPTS = (("a yellow star", 7), ("a white ring", 6), ("a cyan triangle", 6))
-SCENE = 900000
+SCENE = 900044
 FOLLOWED = (
-    ("an outlined blue cup and an orange vase on a white table", 0),
-    ("a shaded red cup and a green vase on a yellow table", 0),
-    ("a neon cyan cup and a pink vase", 0),
+    ("a red apple, a yellow pear and a blue cup on a white table", 3),
+    ("an outlined purple apple, a green pear and a red cup on a yellow table", 0),
+    ("a watercolor still life with a green apple, an orange pear and a pink cup", 0),
 )
 
 
