@@ -62,6 +62,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path}: there is no such file, so its folder holds no model") from None
     except (ValueError, OSError, RecursionError) as error:
         raise ModelError(f"{path}: not valid JSON ({first_line(error)})") from error
     if not isinstance(found, dict):
