@@ -24,7 +24,7 @@ from diffedit_region import Region
 ROOT = Path(__file__).resolve().parent.parent
 PHOTO = ROOT / "examples" / "coffee.png"
 MASK = ROOT / "examples" / "coffee-mask.png"
-PROMPTS = (("a yellow star", 7), ("a white ring", 6), ("a cyan triangle", 6))
+PROMPTS = (("a yellow star", 6), ("a white ring", 6), ("a cyan triangle", 6))
 SCENE = 900044
 FOLLOWED = (
     ("a red apple, a yellow pear and a blue cup on a white table", 3),
