@@ -41,7 +41,7 @@ class StableDiffusionXL(StableDiffusion):
 
     def _ready(self) -> None:
         super()._ready()
-        if self.vae.config.force_upcast:
+        if self.vae.config.force_upcast and self._vae_dtype != torch.float32:
             self.vae.to(torch.float32)  # its activations overflow half precision
         self._settle("text_encoder", "text_encoder_2")
         settings = self.pipe.config
