@@ -137,6 +137,18 @@ def test_a_table_that_serves_two_layers_is_in_one_place() -> None:
             assert holding.where(encoder) == GPU
 
 
+def test_a_table_that_somebody_else_reads_too_is_on_the_device() -> None:
+    class Scaled(nn.Embedding):
+        def forward(self, ids: Tensor) -> Tensor:
+            return 2 * super().forward(ids)
+
+    head, table = nn.Linear(4, 9, bias=False), Scaled(9, 4)
+    table.weight = head.weight
+    holding.place([nn.Sequential(head, table)], torch.device("cpu"), 0)
+    assert not holding.holds(head)
+    assert table.weight is head.weight
+
+
 ADDITIONS = ["plain", "float8", "lora", "textual_inversion", "style", "controlnet"]
 
 

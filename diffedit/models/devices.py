@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from diffedit.errors import ModelError, nearest
@@ -11,7 +14,9 @@ from diffedit.models.files import first_line
 if TYPE_CHECKING:
     import torch
 
-    from diffedit.models.protocol import ModelFamily
+    from diffedit.models.protocol import LatentModel, ModelFamily
+
+log = logging.getLogger(__name__)
 
 #: Types in which the denoiser's weights are held only; see `holding.narrow`.
 NARROW = {"float8": "float8_e4m3fn", "fp8": "float8_e4m3fn"}
@@ -71,6 +76,32 @@ def room(said: int | str) -> int:
         raise ModelError(f"max_memory {said!r}: so few bytes hold nothing; say '{number}GB'")
     step = 1024 if binary else 1000
     return int(float(number) * step ** ("kmgt".index(unit.lower()) + 1 if unit else 0))
+
+
+def fitting(
+    source: str | os.PathLike[str], on: torch.device, load: Callable[..., LatentModel]
+) -> LatentModel:
+    """Load a model; what is too large for the device once more, its weights in main memory.
+
+    Args:
+        source: the model, for people.
+        load: loads it; takes ``room``, the bytes of weights that may lie on the device.
+    """
+    from diffedit.memory import exhausted, let_go
+
+    try:
+        return load()
+    except Exception as error:
+        if on.type == "cpu" or not exhausted(error):
+            raise
+        let_go(error)
+    log.warning(
+        "%s: more than fits into the memory of %s: its weights stay in main memory until they are"
+        " needed, which is slower (max_memory says how much room there is)",
+        source,
+        on,
+    )
+    return load(room=0)
 
 
 def usual(family: ModelFamily, on: torch.device) -> torch.dtype:

@@ -71,6 +71,8 @@ def place(networks: Sequence[nn.Module], device: torch.device, room: int | None 
     left = math.inf if room is None else room
     layers = [layer for network in networks for layer in network.modules()]
     serves = Counter(id(one) for layer in layers for one in _weights(layer).values())
+    others = [layer for layer in layers if type(layer) not in _FORWARDS]
+    bound = {id(one) for layer in others for one in _weights(layer).values()}
     # Weights that serve several layers, as the tables of text encoders do: what they were, are,
     # and whether they stay. What others were is let go of at once.
     shared: dict[int, tuple[nn.Parameter, nn.Parameter, bool]] = {}
@@ -78,7 +80,7 @@ def place(networks: Sequence[nn.Module], device: torch.device, room: int | None 
         weights = _weights(layer)
         size = sum(one.nbytes for one in weights.values() if id(one) not in shared)
         stays = any(shared[id(one)][2] for one in weights.values() if id(one) in shared)
-        stays = stays or (size > left and type(layer) in _FORWARDS)
+        stays = stays or (size > left and not bound & {id(one) for one in weights.values()})
         if stays:
             _hold(layer, device=device)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +90,7 @@ def load(
 
         more["vae"] = load_autoencoder(str(vae), where, more.get("config"), kind)
     said = {"device": on, "dtype": kind, "revision": revision, "variant": variant, **more}
-    model = _fitting(source, on, lambda **less: family.load(where, **{**said, **less}))
+    model = devices.fitting(source, on, lambda **less: family.load(where, **{**said, **less}))
     if vae is not None:
         if not hasattr(model, "replaced"):
             raise ModelError(f"{source}: models of its family take no other autoencoder")
@@ -100,27 +100,6 @@ def load(
             raise ModelError(f"{source}: models of its family cannot be compiled")
         model.compile("default" if compiled is True else compiled)
     return model
-
-
-def _fitting(
-    source: str | os.PathLike[str], device: torch.device, load: Callable[..., LatentModel]
-) -> LatentModel:
-    """Load; and what is too large for the device once more, with its weights in main memory."""
-    from diffedit.memory import exhausted, let_go
-
-    try:
-        return load()
-    except Exception as error:
-        if device.type == "cpu" or not exhausted(error):
-            raise
-        let_go(error)
-    log.warning(
-        "%s: more than fits into the memory of %s: its weights stay in main memory until they are"
-        " needed, which is slower (max_memory says how much room there is)",
-        source,
-        device,
-    )
-    return load(room=0)
 
 
 def recognised(
