@@ -204,14 +204,14 @@ class _Kept:
 
 
 def _as_computed(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    """Have additions where and in the type computed in; peft has them as the weights are held."""
+    """Give additions the type computed in; peft gives that of weights, which may be narrower."""
     for key, value in state.items():
         layer, _, rest = key.rpartition(".lora_")
         matrix, _, what = rest.partition(".")
         if what and matrix in ("A", "B"):
             addition = module.get_submodule(f"{layer}.lora_{matrix}.{name}")
             made = getattr(addition, what)
-            if (made.dtype, made.device) != (value.dtype, value.device):
+            if made.dtype != value.dtype:
                 setattr(addition, what, nn.Parameter(value, requires_grad=made.requires_grad))
 
 
