@@ -35,8 +35,8 @@ class Draws:
         start, mask = plan.merged.start, plan.merged.mask
         #: Whether the mask is kept by holding latents to the source; inpainting models see it.
         self.holds = mask is not None and "mask_channels" not in self.model.capabilities
-        #: Whether a control network sees it too, which in diffusers then keeps it alone.
-        self.told = mask is not None and bool(plan.merged.sees)
+        #: Whether a control network sees it as latents, which in diffusers then keeps it alone.
+        self.told = mask is not None and bool(plan.merged.sees - {"hole"})
         if self.run.compat and self.told:
             self.holds = False
         self.keeps = self.holds or bool(plan.merged.keep)
@@ -173,14 +173,10 @@ class Draws:
         mask = self.plan.merged.mask
         own = "mask_channels" in self.model.capabilities
         if own or self.told:
-            pixels = self.canvas.pixels
-            if mask is None:  # everything may change, and nothing is known
+            pixels, hole = self.canvas.pixels, self._hole()
+            if self.cells is None:  # everything may change, and nothing is known
                 made["mask"] = torch.ones(1, 1, *self.fitting.latent_shape[1:])
-                hole = torch.ones_like(pixels[:1, :1])
             else:
-                assert self.cells is not None
-                work = self.canvas.mask_to_work(mask)
-                hole = (work >= 0.5 if self.run.compat else work > 0).float()
                 made["mask"] = (self.cells > 0).float()
             if own and self.model.roles["mask"] > 1:  # its pixels, as the channels of a cell
                 made["mask"] = F.pixel_unshuffle(hole, self.model.cell)
@@ -194,6 +190,8 @@ class Draws:
         elif self.run.compat and mask is not None:
             # diffusers samples the masked picture's posterior even where no channel takes it.
             self.run.streams.normal("posterior", self.fitting.latent_shape)
+        if mask is not None and "hole" in self.plan.merged.sees:
+            made["hole"] = self._hole()
         for role, part in self.plan.merged.channels.items():
             value = part.value
             if isinstance(value, Pixels):
@@ -202,6 +200,14 @@ class Draws:
             made[role] = value
         device, items = self.model.device, self.run.items
         return {k: v.to(device).expand(items, -1, -1, -1) for k, v in made.items()}
+
+    def _hole(self) -> Tensor:
+        """Where the picture is to change, ``(1, 1, H, W)`` in working pixels, 0 or 1."""
+        mask = self.plan.merged.mask
+        if mask is None:
+            return torch.ones_like(self.canvas.pixels[:1, :1])
+        work = self.canvas.mask_to_work(mask)
+        return (work >= 0.5 if self.run.compat else work > 0).float()
 
     def tokens(self) -> dict[str, list[Tensor]]:
         """Pictures that become part of the denoiser's sequence, ``(items, c, h, w)`` each."""

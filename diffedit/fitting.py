@@ -57,7 +57,7 @@ class Fitting:
         if start is not None and not isinstance(start, Start):
             raise PluginError(label, f"start is {type(start).__name__}, not a Start")
         sees: object = made.sees
-        known = ["mask", *HOLES]
+        known = ["mask", "hole", *HOLES]
         if not isinstance(sees, frozenset) or not sees <= set(known):
             raise PluginError(label, f"sees is {sees!r}, not a frozenset of {', '.join(known)}")
         for row in made.rows:

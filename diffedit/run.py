@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
@@ -11,8 +12,10 @@ import torch
 
 from diffedit.canvas import Canvas
 from diffedit.errors import DiffeditError, ParameterError, lacking, nearest
-from diffedit.models.protocol import LatentModel
+from diffedit.models.protocol import LatentModel, ModelInput, Residuals
 from diffedit.preprocessors import Preprocess, Preprocessor
+from diffedit.rows import RowMap
+from diffedit.schedule import Call
 
 if TYPE_CHECKING:
     from diffedit.inversion import Inversion
@@ -151,6 +154,27 @@ class Run:
         key = f"control:{source or self.model.info['source']}:{kind if source is None else ''}"
         net = self.resource(key, lambda: self.model.load_control(source, kind))
         return self.model.in_mode(net, kind or "", mode)
+
+    def led_by(
+        self, net: Any, hint: Callable[[], torch.Tensor], weight: float = 1.0
+    ) -> Callable[[ModelInput, Call], Residuals]:
+        """What a control network says under a hint: `Contribution.residuals`.
+
+        Args:
+            net: of `control_net`.
+            hint: makes it when it is first needed, ``(1 or items, 3, H, W)`` in [0, 1] at the
+                canvas's working size.
+            weight: how strongly it acts.
+        """
+
+        @functools.cache
+        def per_row(rows: RowMap) -> torch.Tensor:
+            shown = hint()
+            if len(shown) > 1:  # a picture per item: give each row its own
+                shown = shown[[key.item for key in rows.keys]]
+            return shown.to(self.model.device)
+
+        return lambda x, call: self.model.control(net, x, per_row(x.rows), weight)
 
     def textual_inversion(self, source: str, token: str | None = None) -> Any:
         """A word that text encoders learned, from a file, a folder or the hub.

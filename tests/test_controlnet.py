@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from diffusers import ControlNetModel
 from skimage import data
 
 from diffedit import Editor, Pass, errors
@@ -49,6 +51,64 @@ def test_canny_finds_the_edge_of_a_square() -> None:
     assert (ys.min(), xs.min()) in {(15, 15), (16, 16)}
     assert (ys.max(), xs.max()) in {(47, 47), (48, 48)}
     assert not found[24:40, 24:40].any()
+
+
+def white(*places: slice) -> np.ndarray:
+    mask = np.zeros(PHOTO.shape[:2], bool)
+    mask[places] = True
+    return mask
+
+
+HOLE = white(np.s_[40:90], np.s_[30:70])
+
+
+def test_a_net_for_inpainting_is_shown_the_picture_with_its_hole(
+    editor: Editor, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    run = ControlNetModel.forward
+
+    def watched(self: ControlNetModel, *given: Any, **named: Any) -> Any:
+        seen.append(named["controlnet_cond"])
+        return run(self, *given, **named)
+
+    monkeypatch.setattr(ControlNetModel, "forward", watched)
+    net = ControlNet(model=str(folder), kind="inpaint")
+    pixels = made(editor, net, Inpaint(mask=HOLE, margin=128))
+    assert (pixels[~HOLE] == PHOTO[~HOLE]).mean() > 0.8  # all but the feather
+    shown = torch.from_numpy(PHOTO.copy()).permute(2, 0, 1).float() / 255
+    expected = torch.where(torch.from_numpy(HOLE), -1.0, shown)
+    assert len(seen) == 2
+    for one in seen:
+        assert torch.equal(one, expected.expand(2, -1, -1, -1))
+
+
+def test_a_net_for_inpainting_needs_a_mask(editor: Editor, folder: Path) -> None:
+    with pytest.raises(errors.InputError, match=r"is one for inpainting: it needs a mask"):
+        made(editor, ControlNet(model=str(folder), kind="inpaint"))
+
+
+def test_a_models_own_net_for_inpainting_leads_its_inpainting(tmp_path: Path) -> None:
+    """Where the model's folder has one; in compat mode a pass is diffusers' without it."""
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path)
+    bare = Editor.load(tmp_path, dtype="float32")
+    assert "inpaint_control" not in bare.model.capabilities
+    own = tmp_path / "controlnet" / "inpaint"
+    tiny_control_net(pipe).save_pretrained(own)
+    led = Editor.load(tmp_path, dtype="float32")
+    assert "inpaint_control" in led.model.capabilities
+    inpaint = Inpaint(mask=HOLE)
+    by_itself = made(led, inpaint)
+    assert (by_itself != made(bare, inpaint)).any()
+    named = made(bare, inpaint, ControlNet(model=str(own), kind="inpaint"))
+    assert (by_itself == named).all()
+    assert (by_itself[:30] == PHOTO[:30]).all()
+    pass_ = Pass(prompt="a cat", steps=2, edits=[inpaint])
+    ours, plain = (one.run(PHOTO, pass_, seed=1, compat=True).latents for one in (led, bare))
+    assert ours is not None
+    assert plain is not None
+    assert torch.equal(ours, plain)
 
 
 def test_hint_from_the_picture_equals_the_same_hint_ready_made(

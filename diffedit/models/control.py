@@ -1,4 +1,4 @@
-"""Control networks: finding the right class, checking that one fits, and unions of several."""
+"""Control networks: finding the right class, checking that one fits, unions, and inpainting."""
 
 from __future__ import annotations
 
@@ -22,6 +22,17 @@ class InMode:
 
     net: Any
     number: int
+
+
+@dataclass(frozen=True)
+class OfHoles:
+    """A control network for inpainting, whose hint is the picture, marked where it is to change.
+
+    Attributes:
+        net: the network.
+    """
+
+    net: Any
 
 
 def load(

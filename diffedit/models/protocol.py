@@ -140,7 +140,8 @@ class ModelInput:
         rows: what each row is: branch, item, and the reference it shows, if it shows one.
         channels: further inputs by role (``mask``: ``(rows, 1, h, w)``, 1 = may change;
             ``masked``: ``(rows, c, h, w)`` latents of the picture with the hole greyed out;
-            ``blackened``: of one where it is black).
+            ``blackened``: of one where it is black; ``hole``: ``(rows, 1, H, W)``, the mask in
+            pixels).
         residuals: what control networks add.
         guidance: the guidance scale, for models that take it as an input.
         tokens: pictures that become part of the sequence, by role, ``(rows, c, h, w)`` each; sizes
@@ -192,8 +193,9 @@ class LatentModel(Protocol):
             guidance scale is an input of the denoiser), ``reference_tokens`` (a reference becomes
             part of the denoiser's sequence), ``instructions`` (its prompts say what to change in a
             picture, which it takes as a channel ``image`` or as reference tokens), ``image_prompt``
-            (adapters that make a prompt of a picture), ``lora`` (low-rank additions to the
-            weights), ``textual_inversion`` (words that its text encoders learned),
+            (adapters that make a prompt of a picture), ``inpaint_control`` (it brings a control
+            network for inpainting: `Run.control_net` of the kind "inpaint"), ``lora`` (low-rank
+            additions to the weights), ``textual_inversion`` (words that its text encoders learned),
             ``prompt_weights`` (it reads prompts as `diffedit.prompts` writes them, and is given
             them as they are; the others get the text).
         sized: whether what `embed` makes depends on the size.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -18,12 +19,12 @@ from diffedit.attention import Addition
 from diffedit.images import Picture
 from diffedit.models import loading
 from diffedit.models.clip import RAGGED, Clip, read
-from diffedit.models.control import InMode
+from diffedit.models.control import InMode, OfHoles
 from diffedit.models.ip_adapter import IPAdapter, load_ip_adapter
 from diffedit.models.pipeline import HINTS, PipelineModel
 from diffedit.models.protocol import Conditioning, ModelInput, Residuals
 from diffedit.models.textual_inversion import Word, load_word, teach
-from diffedit.models.unet_controls import check_adapter, features, residuals
+from diffedit.models.unet_controls import HOLE, check_adapter, features, residuals
 from diffedit.prompts import Prompt, parse
 
 
@@ -42,7 +43,7 @@ class StableDiffusion(PipelineModel):
         }
     )
     sometimes: ClassVar[frozenset[str]] = frozenset(
-        {"embedded_guidance", "instructions", "mask_channels"}
+        {"embedded_guidance", "inpaint_control", "instructions", "mask_channels"}
     )
     networks: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder")
     control_nets: ClassVar[tuple[type, ...]] = (ControlNetModel, T2IAdapter)
@@ -52,6 +53,9 @@ class StableDiffusion(PipelineModel):
         super()._ready()
         self.unet: Any = self.denoiser
         self._felt: list[tuple[Any, ...]] = []
+        own = Path(self.source) / "controlnet" / "inpaint" / "config.json"
+        if "mask" not in self.roles and own.is_file():
+            self.capabilities |= {"inpaint_control"}
         if self.unet.config.time_cond_proj_dim is not None:
             self.capabilities |= {"embedded_guidance"}
 
@@ -100,10 +104,20 @@ class StableDiffusion(PipelineModel):
             check_adapter(str(source), net, self.unet)
         return net
 
+    def in_mode(self, net: Any, kind: str, mode: int | None) -> Any:
+        """Of a union the network that is meant, and whether one is for inpainting."""
+        if kind == "inpaint" and mode is None and isinstance(net, ControlNetModel):
+            return OfHoles(net)
+        return super().in_mode(net, kind, mode)
+
+    def control_roles(self, net: Any) -> frozenset[str]:
+        """One for inpainting is told where the picture is to change."""
+        return frozenset({HOLE} if isinstance(net, OfHoles) else ())
+
     def control(self, net: Any, x: ModelInput, hint: Tensor, weight: float) -> Residuals:
         """Run a control network on the rows of `x`; see `models.unet_controls`."""
         if not isinstance(net, T2IAdapter):
-            dtype = (net.net if isinstance(net, InMode) else net).dtype
+            dtype = (net.net if isinstance(net, InMode | OfHoles) else net).dtype
             return residuals(net, x, hint, weight, self._told(x.conditioning, dtype))
         felt = self._features(net, hint, weight)
         return Residuals(inside=tuple(one.expand(len(x.rows), -1, -1, -1) for one in felt))

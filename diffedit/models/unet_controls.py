@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from diffusers import T2IAdapter
 from torch import Tensor
 
-from diffedit.errors import ModelError
-from diffedit.models.control import InMode
+from diffedit.errors import InputError, ModelError
+from diffedit.models.control import InMode, OfHoles
 from diffedit.models.protocol import ModelInput, Residuals
 
 #: The kinds of hints that unions for Stable Diffusion XL were trained on, by the number of each.
@@ -31,6 +31,10 @@ MODES = {
 }  # fmt: skip
 
 
+#: The role of the mask in pixels, which a network for inpainting is told.
+HOLE = "hole"
+
+
 def residuals(
     net: Any, x: ModelInput, hint: Tensor, weight: float, told: Mapping[str, Any]
 ) -> Residuals:
@@ -41,6 +45,8 @@ def residuals(
         told: what else it learns, as the UNet does.
     """
     more: dict[str, Any] = {}
+    if isinstance(net, OfHoles):
+        net, hint = net.net, holed(hint, x)
     if isinstance(net, InMode):
         kinds = torch.zeros(len(x.rows), net.net.config.num_control_type, device=net.net.device)
         kinds[:, net.number] = 1
@@ -57,6 +63,19 @@ def residuals(
         return_dict=False,
     )
     return Residuals((*down, middle))
+
+
+def holed(hint: Tensor, x: ModelInput) -> Tensor:
+    """The picture as a control network for inpainting is shown it: -1 where it is to change.
+
+    As the one of ControlNet 1.1 was trained (Zhang 2023, ``control_v11p_sd15_inpaint``).
+
+    Raises:
+        InputError: the pass has no mask.
+    """
+    if HOLE not in x.channels:
+        raise InputError("this control network is one for inpainting: it needs a mask (inpaint)")
+    return torch.where(x.channels[HOLE] > 0, -1.0, hint.to(x.channels[HOLE]))
 
 
 def features(net: T2IAdapter, hint: Tensor, weight: float) -> tuple[Tensor, ...]:

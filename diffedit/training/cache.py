@@ -51,7 +51,8 @@ class Batch:
         tokens: (n, length) ids.
         embeddings: (n, length, d), the frozen text encoder's last hidden states.
         weights: (n, h, w) in [0, 1]: the greatest weight of the pixels of a cell.
-        hints: (n, 3, H, W) in [0, 1], in pixels.
+        hints: (n, 3 or 4, H, W) in [0, 1], in pixels; the fourth of those for inpainting is the
+            hole.
         phrases: (n, p, h, w) in [0, 1]: the share of a cell in which stands what a phrase says.
         spans: (n, p, length), 1 where a token belongs to the phrase; all 0 for no phrase.
     """
@@ -210,7 +211,7 @@ class LatentCache:
             gather("tokens", torch.int64, "text"),
             gather("embeddings", real, "text"),
             gather("weights", real),
-            None if hints is None else hints.expand(-1, 3, -1, -1) / 255,
+            None if hints is None else hints.expand(-1, max(3, hints.shape[1]), -1, -1) / 255,
             None if (where := gather("phrases", real)) is None else where / 255,
             gather("spans", real),
         )
@@ -301,8 +302,9 @@ class LatentCache:
                 tensors[name] = torch.cat([piece[name] for piece in made])
             if made and bool((tensors["weights"] == 1).all()):
                 del tensors["weights"]
-            if "hints" in tensors and bool((tensors["hints"][:, :1] == tensors["hints"]).all()):
-                tensors["hints"] = tensors["hints"][:, :1].clone()
+            hints = tensors.get("hints")
+            if hints is not None and hints.shape[1] == 3 and bool((hints[:, :1] == hints).all()):
+                tensors["hints"] = hints[:, :1].clone()
             if made and self.tokenizer is not None:
                 tensors |= self._text(self.tokenizer, [c for c in captions if c is not None])
         return tensors, [fault for _, _, faults in done for fault in faults]

@@ -31,7 +31,7 @@ from diffedit import yaml
 from diffedit.errors import InputError, nearest
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Mixes = Literal["plain", "simple", "pairs", "rich", "photos"]
+Mixes = Literal["plain", "simple", "pairs", "rich", "views", "photos"]
 
 
 def _from_base(path: Path, info: ValidationInfo) -> Path:
@@ -210,8 +210,8 @@ class ControlNetTraining(Training):
         "canny",
         pattern=r"^\w[\w-]*$",
         max_length=64,
-        description="How hints are made: canny from any picture, depth or segments from drawn"
-        " scenes; hint or any other name: the 'hint' column of the data",
+        description="How hints are made: canny or inpaint from any picture, depth or segments from"
+        " drawn scenes; hint or any other name: the 'hint' column of the data",
     )
     small: bool = Field(False, description="Without attention: half the size")
     objective: Objective = Objective()

@@ -138,8 +138,8 @@ class ControlNetTask(UNetTask[ControlNetTraining]):
         return self.latents.loss(rows, self.following(rows["hints"]))
 
     def following(self, hints: Tensor) -> Predict:
-        """The UNet's prediction under hints (n, 3, h, w) in [0, 1], in pixels."""
-        hints = hints.to(self.latents.device)
+        """The UNet's prediction under hints (n, 3 or 4, h, w) in [0, 1], in pixels."""
+        hints = shown(hints.to(self.latents.device))
 
         def predict(x_t: Tensor, timestep: Tensor, words: Tensor) -> Tensor:
             return controlled(self.parts.unet, self.net, x_t, timestep, words, hints)
@@ -153,7 +153,7 @@ class ControlNetTask(UNetTask[ControlNetTraining]):
         return {
             "validation loss": self.latents.held_loss(lambda rows: self.following(rows["hints"])),
             "validation loss, blank hints": self.latents.held_loss(
-                lambda rows: self.following(torch.zeros_like(rows["hints"]))
+                lambda rows: self.following(blank(rows["hints"]))
             ),
         }
 
@@ -171,12 +171,26 @@ class ControlNetTask(UNetTask[ControlNetTraining]):
         captions = prompts[:count] or tuple(example.caption for example in shown)
         hints = [_hint(example) for example in shown]
         made = sampled(self.parts, self.net, captions, hints)
-        both = [np.concatenate(pair, axis=1) for pair in zip(hints, made, strict=True)]
+        both = [np.concatenate([_seen(h), m], axis=1) for h, m in zip(hints, made, strict=True)]
         return list(zip(captions, both, strict=True))
 
     def export(self, folder: Path) -> None:
         """An ordinary ControlNet folder in fp16 safetensors, see :func:`export_controlnet`."""
         export_controlnet(folder, self.net, self.training.kind)
+
+
+def shown(hints: Tensor) -> Tensor:
+    """Hints as a network reads them, (n, 3, h, w): those for inpainting are -1 in their holes.
+
+    Args:
+        hints: (n, 3, h, w), or (n, 4, h, w) with the hole as the last channel; in [0, 1].
+    """
+    return torch.where(hints[:, 3:] > 0.5, -1.0, hints[:, :3]) if hints.shape[1] == 4 else hints
+
+
+def blank(hints: Tensor) -> Tensor:
+    """Hints of the same sizes that say nothing: black ones, and pictures that are all hole."""
+    return torch.full_like(hints, float(hints.shape[1] == 4))
 
 
 def controlled(
@@ -270,7 +284,7 @@ def overfit(task: ControlNetTask, steps: int, *, draws: int = 4) -> Overfit:
         for optimizer in task.optimizers:
             optimizer.step()
     hints = rows["hints"]
-    return Overfit(before, error(hints), error(hints.roll(1, 0)), error(torch.zeros_like(hints)))
+    return Overfit(before, error(hints), error(hints.roll(1, 0)), error(blank(hints)))
 
 
 # -- how well it follows --------------------------------------------------------------------------
@@ -427,10 +441,10 @@ def sampled(
     pipeline.set_progress_bar_config(disable=True)
     made: list[Pixels] = []
     for numbers in _groups(len(captions)):
-        shown = np.stack([hints[n] for n in numbers])
-        options: dict[str, Any] = {"height": shown.shape[1], "width": shown.shape[2]}
+        given = np.stack([hints[n] for n in numbers])
+        options: dict[str, Any] = {"height": given.shape[1], "width": given.shape[2]}
         if controlnet is not None:
-            options["image"] = torch.from_numpy(shown).permute(0, 3, 1, 2).float() / 255
+            options["image"] = shown(torch.from_numpy(given).permute(0, 3, 1, 2).float() / 255)
             options["controlnet_conditioning_scale"] = weight
         images = pipeline(
             [captions[n] for n in numbers],
@@ -446,6 +460,13 @@ def sampled(
 
 def _groups(count: int) -> Iterator[range]:
     return (range(first, min(first + _TOGETHER, count)) for first in range(0, count, _TOGETHER))
+
+
+def _seen(hint: Pixels) -> Pixels:
+    """A hint as people look at it, (h, w, 3): holes are grey."""
+    if hint.shape[2] == 3:
+        return hint
+    return np.where(hint[..., 3:] > 127, np.uint8(128), hint[..., :3])
 
 
 def _hint(example: Example) -> Pixels:

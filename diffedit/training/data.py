@@ -73,7 +73,7 @@ class Example:
         image: (h, w, 3) uint8.
         caption: what it shows; may be empty.
         name: what messages call it.
-        hint: (h, w, 3) uint8, a ControlNet's hint for it.
+        hint: (h, w, 3) uint8, a ControlNet's hint for it; one with holes has them as a fourth.
         weight: (h, w) float in [0, 1], how much each pixel counts in the loss; None counts as 1.
         phrases: what is known of where the caption's words stand.
     """

@@ -1,32 +1,46 @@
-"""ControlNet hints of training examples: edges, depth, regions, or the data's own.
+"""ControlNet hints of training examples: edges, holes, depth, regions, or the data's own.
 
-Edges are found in any picture. Depth and regions are known of drawn scenes only. For every kind but
-edges, a 'hint' column of the data is taken as it is, so that there can be a kind of any name.
+Edges are found in any picture, and holes made in it. Depth and regions are known of drawn scenes
+only. For every kind but edges and holes, a 'hint' column of the data is taken as it is, so that
+there can be a kind of any name.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 
 from diffedit.errors import InputError, nearest
 from diffedit.training.data import Example, Pixels, Source, Subset, views_of
+from diffedit.training.world.forms import Floats
 from diffedit.training.world.paint import Drawing
 from diffedit.training.world.source import Drawn
 from diffedit.training.world.things import NOUNS
 
-MADE = ("canny", "depth", "segments")
+MADE = ("canny", "inpaint", "depth", "segments")
 """The kinds of hints that are made here."""
+
+OF_ANY = ("canny", "inpaint")
+"""Those that are made of any picture."""
 
 OWN = "hint"
 """The kind of a 'hint' column that has no other name."""
 
 LOW, HIGH = 100, 200
 """Canny's thresholds: those of the preprocessor that edits take their hints from."""
+
+
+_HOLES = 20_261_122
+"""The seed of holes."""
+
+Bools: TypeAlias = npt.NDArray[np.bool_]
+Places: TypeAlias = npt.NDArray[np.floating[Any]]
 
 
 def canny(pixels: Pixels) -> Pixels:
@@ -70,12 +84,54 @@ def colour_of(noun: str) -> Pixels:
     return np.array([sum(bit << (7 - k) for k, bit in enumerate(of)) for of in bits], np.uint8)
 
 
+def hole(shape: tuple[int, int], rng: np.random.Generator, masks: Sequence[Floats] = ()) -> Bools:
+    """Where a picture is to be made anew, (h, w) bool: as people mask what they edit.
+
+    A third are the outline of a thing, a little grown; a third a square or disc around one; most
+    others a square or disc anywhere; and one in ten is the whole picture.
+
+    Args:
+        shape: (h, w).
+        rng: what is drawn.
+        masks: of the things in it, (h, w) each; without any, holes are anywhere.
+    """
+    pick, side = float(rng.random()), min(shape)
+    found = [np.argwhere(mask > 0.5) for mask in masks if (mask > 0.5).any()]
+    if pick < 0.1:
+        return np.ones(shape, bool)
+    if not found or pick > 0.8:
+        half = rng.uniform(0.12, 0.37) * side
+        middle = rng.uniform(half / 2, np.array(shape) - half / 2)
+        return _around(shape, middle, half, round_=bool(rng.random() < 0.5))
+    thing = int(rng.integers(len(found)))
+    low, high = found[thing].min(axis=0), found[thing].max(axis=0) + 1
+    if pick < 0.45:
+        reach = max(1, round(float(rng.uniform(0.005, 0.05)) * side))
+        outline = np.zeros(shape, np.uint8)
+        outline[tuple(found[thing].T)] = 1
+        disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1))
+        return np.asarray(cv2.dilate(outline, disc) > 0)
+    half = float((high - low).max()) / 2 * rng.uniform(1.05, 1.5)
+    middle = (low + high) / 2 + rng.uniform(-0.1, 0.1, 2) * half
+    return _around(shape, middle, half, round_=bool(rng.random() < 0.5))
+
+
+def _around(shape: tuple[int, int], middle: Places, half: float, *, round_: bool) -> Bools:
+    away = np.abs(np.indices(shape).transpose(1, 2, 0) + 0.5 - middle)
+    far = np.hypot(away[..., 0], away[..., 1]) if round_ else away.max(axis=2)
+    return np.asarray(far <= half)
+
+
 class Hinted:
     """A source whose examples have hints of one kind.
 
+    A hint for inpainting is the picture with a fourth channel, 255 in the hole, which also is what
+    an example's error counts by.
+
     Args:
         source: the examples.
-        kind: "canny", "depth", "segments"; or, where the data has a 'hint' column, any other name.
+        kind: "canny", "inpaint", "depth", "segments"; or, where the data has a 'hint' column, any
+            other name.
 
     Raises:
         InputError: hints of this kind cannot be had from this source.
@@ -86,14 +142,14 @@ class Hinted:
         self.name, self.views = source.name, views_of(source)
         world = _unwrapped(source, 0)[0]
         self.world = isinstance(world, Drawn)
-        own = not self.world and kind != "canny" and source[0].hint is not None
+        own = not self.world and kind not in OF_ANY and source[0].hint is not None
         if not own and kind not in MADE:
             lack = f"no hints of kind {kind!r}{nearest(kind, MADE)} and "
             raise InputError(
                 f"{source.name} has {'' if kind == OWN else lack}no 'hint' column, take"
                 f" {', '.join(MADE)} or give the data one"
             )
-        if not own and kind != "canny" and not self.world:
+        if not own and kind not in OF_ANY and not self.world:
             raise InputError(
                 f"{source.name}: {kind} hints need the drawn world (data: world) or a 'hint' column"
             )
@@ -111,12 +167,23 @@ class Hinted:
             example = self.source[index]
             return replace(example, hint=canny(example.image))
         world, number = _unwrapped(self.source, index)
-        assert isinstance(world, Drawn)
+        if not isinstance(world, Drawn):
+            return _holed(self.source[index], index, ())
         example, drawing = world.drawn(number)
+        if self.kind == "inpaint":
+            told, masks = drawing.scene.told, drawing.masks
+            about = masks if told is None else masks[told : told + 1]
+            return _holed(example, world.first + number, about)
         return replace(example, hint={"depth": depth, "segments": segments}[self.kind](drawing))
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
+
+
+def _holed(example: Example, number: int, masks: Sequence[Floats]) -> Example:
+    where = hole(example.image.shape[:2], np.random.default_rng((_HOLES, number)), masks)
+    hint = np.dstack([example.image, np.uint8(255) * where.astype(np.uint8)])
+    return replace(example, hint=hint, weight=where.astype(np.float32))
 
 
 def _unwrapped(source: Source, index: int) -> tuple[Source, int]:

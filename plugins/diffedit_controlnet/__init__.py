@@ -12,15 +12,11 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from diffedit import (
-    Call,
     Contribution,
     Edit,
     ImageField,
-    ModelInput,
     Pixels,
     Preprocessor,
-    Residuals,
-    RowMap,
     Run,
     Windowed,
     errors,
@@ -105,18 +101,8 @@ class ControlNet(Windowed):
             return Contribution(channels={"hint": Pixels(hint)})
         net = run.control_net(self.model, self.kind, self.mode)
 
-        @functools.cache
-        def per_row(rows: RowMap) -> Tensor:
-            shown = hint()
-            if len(shown) > 1:  # a picture per item: give each row its own
-                shown = shown[[key.item for key in rows.keys]]
-            return shown.to(run.model.device)
-
-        def residuals(x: ModelInput, call: Call) -> Residuals:
-            return run.model.control(net, x, per_row(x.rows), self.weight)
-
         return Contribution(
-            residuals=residuals,
+            residuals=run.led_by(net, hint, self.weight),
             sees=run.model.control_roles(net),
             during=self.during,
         )

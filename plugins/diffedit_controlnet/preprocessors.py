@@ -1,4 +1,4 @@
-"""Preprocessors by name: canny, and the detectors of controlnet_aux."""
+"""Preprocessors by name: canny, the picture itself, and the detectors of controlnet_aux."""
 
 from __future__ import annotations
 
@@ -49,6 +49,11 @@ def canny(pixels: Pixels8, low: int = 100, high: int = 200) -> Pixels8:
     return np.repeat(edges[..., None], 3, axis=2)
 
 
+def picture(pixels: Pixels8) -> Pixels8:
+    """The picture as it is: networks for inpainting are shown it, and told of the mask besides."""
+    return pixels
+
+
 def _detector(name: str, weights: str | None) -> Callable[[Pixels8], Pixels8]:
     """A detector of controlnet_aux, its weights loaded from a folder or hub id."""
     import controlnet_aux
@@ -84,6 +89,7 @@ def _detector(name: str, weights: str | None) -> Callable[[Pixels8], Pixels8]:
 
 PREPROCESSORS = (
     Preprocessor("canny", lambda weights: canny, "edges (Canny)"),
+    Preprocessor("inpaint", lambda weights: picture, "the picture around the mask"),
     *(
         Preprocessor(name, functools.partial(_detector, name), found, ANNOTATORS)
         for name, (_, found) in DETECTORS.items()

@@ -31,6 +31,7 @@ SD = Tiny(
         "control": "StableDiffusionControlNetPipeline",
         "control img2img": "StableDiffusionControlNetImg2ImgPipeline",
         "control inpaint": "StableDiffusionControlNetInpaintPipeline",
+        "control of holes": "StableDiffusionControlNetInpaintPipeline",
     },
     nets=unet_net,
     instructed={"in_channels": 8},

@@ -97,6 +97,7 @@ SDXL = Tiny(
         "control": "StableDiffusionXLControlNetPipeline",
         "control img2img": "StableDiffusionXLControlNetImg2ImgPipeline",
         "control inpaint": "StableDiffusionXLControlNetInpaintPipeline",
+        "control of holes": "StableDiffusionXLControlNetInpaintPipeline",
     },
     nets=unet_net,
     instructed={"in_channels": 8, "upcast": False},

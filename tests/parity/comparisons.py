@@ -76,6 +76,13 @@ def hint(number: int) -> Image.Image:
     return Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
 
+def holed() -> torch.Tensor:
+    """The photograph with -1 in the mask, as diffusers' docs make it for ControlNet 1.1."""
+    pixels = np.asarray(photograph(), np.float32) / 255
+    pixels[np.asarray(mask()) >= 128] = -1.0
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+
+
 class Case:
     """Components, and the two ways to run them."""
 
@@ -445,6 +452,23 @@ COMPARISONS = (
             "image": photograph(),
             "mask_image": mask(),
             "control_image": hint(0),
+            "controlnet_conditioning_scale": 0.8,
+        },
+        image=True,
+        nets=1,
+    ),
+    Comparison(
+        "ControlNet shown the hole + inpaint",
+        "control of holes",
+        lambda case: [
+            ControlNet(model="net0", kind="inpaint", weight=0.8),
+            Inpaint(mask=mask()),
+        ],
+        lambda case: {
+            "image": photograph(),
+            "mask_image": mask(),
+            "control_image": holed(),
+            "strength": 1.0,
             "controlnet_conditioning_scale": 0.8,
         },
         image=True,

@@ -26,11 +26,13 @@ from diffedit.training.config import ControlNetTraining, Data, Objective, Optimi
 from diffedit.training.control import (
     ControlNetTask,
     Figure,
+    blank,
     control_figures,
     controlled,
     edge_f1,
     new_controlnet,
     overfit,
+    shown,
 )
 from diffedit.training.data import Captioned, Folder, Pixels, Source, check, split
 from diffedit.training.export import fold_statistics
@@ -173,6 +175,52 @@ def test_a_net_comes_to_need_its_hints(model: Path, tmp_path: Path, small: bool)
     assert found.hinted < 0.7 * found.blank
     after = task.validate()
     assert after["validation loss"] != after["validation loss, blank hints"]
+
+
+def test_a_net_for_inpainting_comes_to_need_its_holes(model: Path, tmp_path: Path) -> None:
+    """What stands around a hole is known, and where it is; errors count in it."""
+    asked = training(model, tmp_path, kind="inpaint", objective=Objective(backdrop=0.0))
+    task = ControlNetTask(asked, CPU)
+    rows = task.batch(0, torch.Generator().manual_seed(0))
+    assert rows["hints"].shape == (4, 4, SIDE, SIDE)
+    holes = rows["hints"][:, 3]
+    assert set(holes.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(rows["where"], torch.nn.functional.max_pool2d(holes, 8))
+    seen = shown(rows["hints"])
+    assert seen.shape == (4, 3, SIDE, SIDE)
+    assert (seen.permute(1, 0, 2, 3)[:, holes > 0] == -1).all()
+    assert (seen.amin(dim=1)[holes == 0] >= 0).all()
+    assert (shown(blank(rows["hints"])) == -1).all()
+    found = overfit(task, 60)
+    assert found.hinted < 0.9 * found.blank
+    assert found.hinted < 0.9 * found.shuffled
+    picture = task.pictures()[0][1]
+    assert picture.shape == (SIDE, 2 * SIDE, 3)
+
+
+def test_holes_are_what_people_mask(photos: Path) -> None:
+    """Outlines of things, what lies around them, any place; the same ones again."""
+    world = Drawn({"views": 1.0}, 200, SIDE)
+    covered, kinds = [], set()
+    for index in range(200):
+        example = Hinted(world, "inpaint")[index]
+        assert example.hint is not None
+        hole = example.hint[..., 3] > 0
+        assert (example.hint[..., :3] == example.image).all()
+        assert hole.any()
+        masks = [mask > 0.9 for mask in world.drawn(index)[1].masks if (mask > 0.9).any()]
+        whole = any((hole >= mask).all() for mask in masks)
+        kinds.add("all" if hole.all() else "a thing" if whole else "elsewhere")
+        covered.append(hole.mean())
+    assert kinds == {"all", "a thing", "elsewhere"}
+    assert 0.05 < np.mean([c == 1 for c in covered]) < 0.2
+    assert np.median(covered) < 0.4
+    again = Hinted(world, "inpaint")[7].hint
+    assert again is not None
+    assert (again == Hinted(Drawn({"views": 1.0}, 200, SIDE), "inpaint")[7].hint).all()
+    own = Hinted(Captioned(photos / "rows.jsonl", SIDE), "inpaint")[1]
+    assert own.hint is not None
+    assert own.hint.shape == (SIDE, SIDE, 4)
 
 
 def test_nothing_but_the_net_is_trained(model: Path, tmp_path: Path) -> None:

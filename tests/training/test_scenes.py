@@ -7,7 +7,26 @@ import skimage.data
 from diffedit.training.world import backdrops
 from diffedit.training.world.paint import render
 from diffedit.training.world.scenes import PLAIN, RICH, SIMPLE, VIEWS, Mix, draw_scene
-from diffedit.training.world.source import nearby
+from diffedit.training.world.source import Drawn, nearby
+
+
+def test_captions_may_be_about_one_thing_of_a_view() -> None:
+    """As an edit's prompt is; then only what is near it is described, and weighs."""
+    told = 0
+    for index in range(120):
+        example, drawing = Drawn({"views": 1.0}, 120, 64).drawn(index)
+        scene = drawing.scene
+        assert scene.style == "flat"
+        if scene.told is None:
+            continue
+        told += 1
+        thing = scene.things[scene.told]
+        assert scene.caption.removeprefix("an ").removeprefix("a ") == thing.words
+        assert example.weight is not None
+        mask = drawing.masks[scene.told] > 0
+        assert (example.weight[mask] == 1).all()
+        assert not example.weight.all()
+    assert 10 < told < 40
 
 
 @pytest.mark.parametrize("mix", [SIMPLE, RICH], ids=["simple", "rich"])

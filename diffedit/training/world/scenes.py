@@ -68,7 +68,11 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A picture's full description; ``relation`` is between the first and the second object."""
+    """A picture's full description; ``relation`` is between the first and the second object.
+
+    ``told`` is the number of the one thing that the caption is about, where it passes over the
+    rest of a view.
+    """
 
     background: Background
     things: tuple[Thing, ...]
@@ -77,13 +81,16 @@ class Scene:
     caption: str
     view: str = "objects"
     stage: tuple[Stage, ...] = ()
+    told: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Mix:
     """Shares of what is drawn, each a probability in [0, 1].
 
-    ``photo`` … ``radius`` are of the view "objects"; ``views`` is the share of all other views.
+    ``photo`` … ``radius`` are of the view "objects"; ``views`` is the share of all other views,
+    and ``told`` the share of these whose caption names one thing and passes over the rest, as the
+    prompt of an edit does.
     """
 
     photo: float = 0.35
@@ -95,6 +102,7 @@ class Mix:
     radius: tuple[float, float] = field(default=(0.14, 0.42))
     nouns: float = 0.0
     views: float = 0.0
+    told: float = 0.0
 
 
 SIMPLE = Mix()
@@ -111,10 +119,23 @@ RICH = Mix(
 )
 """The whole world: things, textures, patterns, styles, pairs, landscapes, still lifes, faces."""
 
+IN_VIEWS = Mix(
+    photo=0.2, pattern=0.0, empty=0.0, pair=0.15, texture=0.0, style=0.0, nouns=0.8, views=0.6,
+    told=0.3,
+)  # fmt: skip
+"""Things, alone and in landscapes, still lifes, rooms and faces, all flat."""
+
 PHOTOS = Mix(photo=1.0, pattern=0.0, empty=1.0, pair=0.0, texture=0.0, style=0.0)
 """Crops of photographs, and noise with their statistics: for the autoencoder."""
 
-MIXES = {"plain": PLAIN, "simple": SIMPLE, "pairs": PAIRS, "rich": RICH, "photos": PHOTOS}
+MIXES = {
+    "plain": PLAIN,
+    "simple": SIMPLE,
+    "pairs": PAIRS,
+    "rich": RICH,
+    "views": IN_VIEWS,
+    "photos": PHOTOS,
+}
 
 
 def draw_scene(seed: int, index: int, mix: Mix = SIMPLE) -> Scene:
@@ -122,6 +143,8 @@ def draw_scene(seed: int, index: int, mix: Mix = SIMPLE) -> Scene:
     rng = np.random.default_rng((seed, index))
     if mix.views and rng.random() < mix.views:
         scene = _VIEWS[int(rng.integers(len(_VIEWS)))](rng)
+        if mix.told and rng.random() < mix.told:
+            scene = _telling_one(rng, scene)
         # Styles are learnt best where they change most.
         style = str(rng.choice(STYLES)) if mix.style else "flat"
         return _in_style(rng, scene, style)
@@ -244,6 +267,19 @@ def _spelled_out(thing: Thing) -> str:
     if thing.texture == "plain":
         return thing.words
     return f"{thing.colour} {thing.noun} with {'stripes' if thing.texture == 'striped' else 'dots'}"
+
+
+def _telling_one(rng: np.random.Generator, scene: Scene) -> Scene:
+    """``scene`` of a view with a caption of one of its things, where it has one with a name."""
+    named = [
+        at
+        for at, thing in enumerate(scene.things)
+        if thing.words in scene.caption and thing.noun not in ("hair", "eyes")
+    ]
+    if not named:
+        return scene
+    told = int(rng.choice(named))
+    return replace(scene, caption=article(scene.things[told].words), told=told)
 
 
 def _in_style(rng: np.random.Generator, scene: Scene, style: str) -> Scene:

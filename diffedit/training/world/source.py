@@ -122,12 +122,17 @@ def phrases(drawing: Drawing) -> tuple[Phrase, ...]:
 def nearby(drawing: Drawing) -> Floats | None:
     """Where an object is or is near: (side, side), 1 there and 0 elsewhere.
 
-    ``None`` for views, where everything is described.
+    ``None`` for views, where everything is described, unless the caption is about one thing only.
     """
-    if drawing.scene.view != "objects" or not drawing.masks:
+    masks, told = drawing.masks, drawing.scene.told
+    if told is not None:
+        masks = masks[told : told + 1]
+    elif drawing.scene.view != "objects":
+        return None
+    if not masks:
         return None
     side = len(drawing.image)
-    covered = np.maximum.reduce(drawing.masks) > 0
+    covered = np.maximum.reduce(masks) > 0
     reach = max(1, round(_NEAR * side))
     near = np.zeros((side, side), np.float32)
     if covered.any():
