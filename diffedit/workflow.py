@@ -39,6 +39,8 @@ PathLike = str | os.PathLike[str]
 def _parse_size(value: Any) -> Any:
     if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+)\s*[x×]\s*(\d+)\s*", value)):
         return int(match[1]), int(match[2])
+    if isinstance(value, str):
+        raise ValueError(f"{value!r} should be WIDTHxHEIGHT in pixels, such as 256x256")
     return value
 
 

@@ -263,7 +263,10 @@ def _do(
     check_output(output, workflow.seeds, given, overwrite)
     picture = None if image is None else open_image(image)
     if picture is None and workflow.size is None:
-        raise InputError("no IMAGE: name one, or give a size (256x256) to make one from nothing")
+        raise InputError(
+            "no IMAGE: name one, or give a size to make one from nothing (--size 256x256; of a"
+            " workflow --set size=256x256)"
+        )
     if picture is not None and workflow.size is not None:
         width, height = picture.size
         raise InputError(
