@@ -135,7 +135,10 @@ BAD = {
     "seed": (edit(*PAINT, "--seed", "-1"), "--seed is -1, should be a whole number from 0"),
     "seed twice": (edit(*PAINT, "--seed", "1", "--seed", "1"), "a seed stands twice"),
     "size of an image": (edit(*PAINT, "--size", "32x32"), "photo.png is 64x64 and stays so"),
-    "size": (["edit", "-o", "out.png", "-p", "a", "--size", "32"], "--size: '32' should be WIDTHxHEIGHT"),
+    "size": (
+        ["edit", "-o", "out.png", "-p", "a", "--size", "32"],
+        "--size: '32' should be WIDTHxHEIGHT",
+    ),
     "no image": (["edit", "-o", "out.png", "-p", "a"], "no IMAGE: name one, or give a size"),
     "nothing to do": (edit(), "nothing to do: give --prompt, --edit or both"),
     "unknown scheduler": (

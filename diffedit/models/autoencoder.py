@@ -56,7 +56,7 @@ def load_autoencoder(source: str, model: str, config: str | None, dtype: torch.d
         )
     own = read_json(folder / "vae" / "config.json")
     path = Path(loading._resolved(source))
-    loading.check_file(path)
+    loading.check_file(path, whole=False)
     if path.is_file():
         return _from_file(path, own, folder / "vae", dtype)
     if (path / "vae" / "config.json").is_file() and not (path / "config.json").is_file():

@@ -107,6 +107,8 @@ def _weights(layer: nn.Module) -> dict[str, nn.Parameter]:
 def _moved(weight: nn.Parameter, to: torch.device) -> nn.Parameter:
     if weight.device == to:
         return weight
+    if type(weight) is not nn.Parameter:  # packed in a way that its class knows
+        return cast(nn.Parameter, weight.detach().to(to))
     return nn.Parameter(weight.detach().to(to), requires_grad=weight.requires_grad)
 
 
@@ -116,7 +118,9 @@ def computing(network: nn.Module) -> torch.dtype:
     if first.itemsize > 1:
         return first
     for layer in network.modules():
-        if (kind := _held(layer).dtype) is not None:
+        # The layers of diffusers' quantised networks say it themselves.
+        kind = _held(layer).dtype or getattr(layer, "compute_dtype", None)
+        if isinstance(kind, torch.dtype):
             return kind
     return first
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffedit.errors import ModelError, nearest
-from diffedit.models import devices, hub, parts, single_file
+from diffedit.models import devices, gguf, hub, parts, single_file
 from diffedit.models.files import first_line, header, is_pickle, read_json, refuse_pickles, unsafe
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def load(
     """Load a model.
 
     Args:
-        source: "tiny" (embedded), a diffusers folder, a ``.safetensors`` file, or a hub id, which
-            may say a revision: ``owner/name@revision``.
+        source: "tiny" (embedded), a diffusers folder, a ``.safetensors`` or ``.gguf`` file, or a
+            hub id, which may say a revision: ``owner/name@revision``.
         families: what can be loaded, by name.
         device: "cpu", "cuda", "mps"; None: the first accelerator there is, else the CPU.
         dtype: "float32", "float16", "bfloat16"; None: float32 on the CPU, on an accelerator the
@@ -218,6 +218,8 @@ def components(cls: Any, source: str, **options: Any) -> Any:
 
     try:
         if path.is_file():
+            if storage is not None and path.suffix.lower() == gguf.SUFFIX:
+                raise ModelError(f"{source}: held in few bits already: leave out dtype float8")
             pipe = single_file.load(cls, path, config, _place, dtype, **options)
         else:
             unused = parts.UNUSED & read_json(path / "model_index.json").keys()
@@ -278,7 +280,7 @@ def pretrained(cls: Any, source: str, **options: Any) -> Any:
     """One component, such as a control network, from a folder, a hub id or a single file."""
     source = _resolved(source)
     path = Path(source)
-    check_file(path)
+    check_file(path, whole=False)
     wanted = "the loaded model's family takes"
     try:
         if path.is_file():
@@ -381,9 +383,16 @@ def _resolved(source: str | os.PathLike[str]) -> str:
     return str(EMBEDDED) if str(source) == TINY else os.path.expanduser(os.fspath(source))  # noqa: PTH111 - a hub id is no path
 
 
-def check_file(path: Path) -> None:
-    """Refuse files that are no .safetensors, pickles with the reason."""
+def check_file(path: Path, *, whole: bool = True) -> None:
+    """Refuse files that are no .safetensors, pickles with the reason.
+
+    Args:
+        whole: a whole model is wanted, whose denoiser may be in a .gguf file.
+    """
     if is_pickle(path.name):
         raise unsafe(path)
-    if path.is_file() and path.suffix.lower() != ".safetensors":
-        raise ModelError(f"{path}: not a model; give a diffusers folder or a .safetensors file")
+    known = (".safetensors", gguf.SUFFIX) if whole else (".safetensors",)
+    if path.is_file() and path.suffix.lower() not in known:
+        raise ModelError(
+            f"{path}: not a model; give a diffusers folder or a {' or '.join(known)} file"
+        )

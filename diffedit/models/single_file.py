@@ -1,4 +1,4 @@
-"""Models in one ``.safetensors`` file, in the layout of those who made them.
+"""Models in one ``.safetensors`` or ``.gguf`` file, in the layout of those who made them.
 
 Such a file holds a denoiser, and some of the networks beside it; what it lacks, and the
 configurations of all, come from a model's folder.
@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from diffedit.errors import ModelError
-from diffedit.models import parts
-from diffedit.models.files import Tensor, first_line, header, read_json, some
+from diffedit.models import gguf, parts
+from diffedit.models.files import Tensor, first_line, read_json, some
+from diffedit.models.files import header as header_of_safetensors
 
 #: Names of pipelines, and what the names of some tensors begin with; the first that fits is right.
 _KINDS = (
@@ -20,6 +21,7 @@ _KINDS = (
     ("FluxPipeline", "double_blocks.0.img_attn.norm.key_norm."),
     ("StableDiffusion3Pipeline", "joint_blocks.0.context_block.adaLN_modulation."),
     ("StableDiffusionXLPipeline", "conditioner.embedders."),
+    ("StableDiffusionXLPipeline", "label_emb.0.0."),  # of a UNet alone
     ("StableDiffusionPipeline", "input_blocks.0.0."),
 )
 _PREFIX = "model.diffusion_model."
@@ -33,6 +35,19 @@ _T5 = "text_encoders.t5xxl.transformer."
 
 #: Gives a model's folder with the weights of some parts: where it is named, or the hub has it.
 Place = Callable[[str, frozenset[str]], Path]
+
+
+def header(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name.
+
+    Raises:
+        ModelError: the file is not what it says.
+    """
+    return gguf.header(path) if _quantised(path) else header_of_safetensors(path)
+
+
+def _quantised(path: Path) -> bool:
+    return path.suffix.lower() == gguf.SUFFIX
 
 
 def kind(path: Path) -> str:
@@ -96,7 +111,13 @@ def load(cls: Any, path: Path, config: str | None, place: Place, dtype: Any, **g
         folder = place(config, frozenset(lacking))
     rest = {name: _from_folder(folder, name, index, dtype) for name in sorted(lacking)}
     try:
-        pipe = cls.from_single_file(str(path), config=str(folder), dtype=dtype, **rest, **given)
+        if _quantised(path):
+            name = "unet" if "unet" in index else "transformer"
+            kind_of = parts.find_class(*parts.named(index)[name])
+            rest[name] = gguf.load(kind_of, path, folder, name, parts.kind_of(dtype, name))
+            pipe = cls.from_pretrained(folder, **rest, **given)
+        else:
+            pipe = cls.from_single_file(str(path), config=str(folder), dtype=dtype, **rest, **given)
     except Exception as error:
         if "meta tensor" in str(error):  # what has no weights cannot be given another type
             raise ModelError(
@@ -159,4 +180,4 @@ def _from_folder(folder: Path, name: str, index: Mapping[str, Any], dtype: Any) 
     return parts.read(part, cls, dtype) if made is None else parts.filled(made)
 
 
-__all__ = ["kind", "load", "pipeline_class"]
+__all__ = ["header", "kind", "load", "pipeline_class"]

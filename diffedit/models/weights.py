@@ -27,7 +27,7 @@ def weights_file(source: str, usual: str | None = None, beside: str | None = Non
         ModelError: there is none, or there are several to choose from.
     """
     path = Path(os.path.expanduser(source))  # noqa: PTH111 - a hub id is no path
-    loading.check_file(path)
+    loading.check_file(path, whole=False)
     if path.is_file():
         return path
     if path.is_dir():
