@@ -36,16 +36,24 @@ __all__ = ["Pass", "Workflow"]
 PathLike = str | os.PathLike[str]
 
 
+LARGEST = 16384
+"""The largest side of a picture from nothing, in pixels."""
+
+
 def _parse_size(value: Any) -> Any:
+    said = value
     if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+)\s*[x×]\s*(\d+)\s*", value)):
-        return int(match[1]), int(match[2])
-    if isinstance(value, str):
-        raise ValueError(f"{value!r} should be WIDTHxHEIGHT in pixels, such as 256x256")
+        value = int(match[1]), int(match[2])
+    sides = value if isinstance(value, tuple | list) else ()
+    if isinstance(said, str | int) and not (sides and all(1 <= one <= LARGEST for one in sides)):
+        raise ValueError(
+            f"{said!r} should be WIDTHxHEIGHT in pixels, each from 1 to {LARGEST}, such as 256x256"
+        )
     return value
 
 
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
-Side = Annotated[int, Field(ge=1, le=16384)]
+Side = Annotated[int, Field(ge=1, le=LARGEST)]
 
 
 class Pass(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, T2IAdapter
 from skimage import data
 
 from diffedit import Editor, Pass, errors
@@ -88,27 +88,23 @@ def test_a_net_for_inpainting_needs_a_mask(editor: Editor, folder: Path) -> None
         made(editor, ControlNet(model=str(folder), kind="inpaint"))
 
 
-def test_a_models_own_net_for_inpainting_leads_its_inpainting(tmp_path: Path) -> None:
-    """Where the model's folder has one; in compat mode a pass is diffusers' without it."""
-    pipe = tiny_pipeline()
-    pipe.save_pretrained(tmp_path)
-    bare = Editor.load(tmp_path, dtype="float32")
-    assert "inpaint_control" not in bare.model.capabilities
-    own = tmp_path / "controlnet" / "inpaint"
-    tiny_control_net(pipe).save_pretrained(own)
-    led = Editor.load(tmp_path, dtype="float32")
-    assert "inpaint_control" in led.model.capabilities
-    inpaint = Inpaint(mask=HOLE)
-    by_itself = made(led, inpaint)
-    assert (by_itself != made(bare, inpaint)).any()
-    named = made(bare, inpaint, ControlNet(model=str(own), kind="inpaint"))
-    assert (by_itself == named).all()
-    assert (by_itself[:30] == PHOTO[:30]).all()
-    pass_ = Pass(prompt="a cat", steps=2, edits=[inpaint])
-    ours, plain = (one.run(PHOTO, pass_, seed=1, compat=True).latents for one in (led, bare))
-    assert ours is not None
-    assert plain is not None
-    assert torch.equal(ours, plain)
+def test_what_is_shown_no_hole_is_refused(editor: Editor, tmp_path: Path) -> None:
+    adapter = T2IAdapter(channels=(32, 64), num_res_blocks=1, downscale_factor=8)
+    adapter.save_pretrained(tmp_path)
+    net = ControlNet(model=str(tmp_path), kind="inpaint")
+    with pytest.raises(errors.InputError, match="kind inpaint is for ControlNets that are shown"):
+        made(editor, net, Inpaint(mask=HOLE))
+
+
+def test_seeds_together_and_apart(editor: Editor, folder: Path) -> None:
+    """A network for inpainting is shown each picture's own hole."""
+    net = ControlNet(model=str(folder), kind="inpaint")
+    pass_ = Pass(prompt="a cat", steps=2, edits=[net, Inpaint(mask=HOLE)])
+    both = editor.run(PHOTO, [pass_, pass_], seed=[1, 2])
+    for seed, latents in zip((1, 2), both.latents, strict=True):  # type: ignore[arg-type]
+        alone = editor.run(PHOTO, [pass_, pass_], seed=seed).latents
+        assert alone is not None
+        assert torch.allclose(latents, alone[0], atol=1e-4)
 
 
 def test_hint_from_the_picture_equals_the_same_hint_ready_made(

@@ -21,7 +21,7 @@ from diffedit.models import holding, single_file
 from diffedit_img2img import Img2Img
 from diffedit_inpaint import Inpaint
 from diffedit_lora import LoRA
-from tests.families import FLUX, SD3, SDXL, Tiny
+from tests.families import FLUX, SD, SD3, Tiny
 from tests.families.additions import additions, written
 from tests.families.originals import flux, narrow_flux, sd3
 from tests.laws.test_restoration import state, unchanged
@@ -74,6 +74,8 @@ def test_latents_are_those_of_diffusers(family: Tiny, kind: Kind, place: Path) -
     editor = Editor.load(file, config=folder, device="cpu")
     assert editor.model.info["family"] == family.name
     assert editor.model.dtype == torch.float32
+    whole = Editor.load(folder, device="cpu").model.info["parameters"]
+    assert editor.model.info["parameters"] == whole
     named = json.loads((folder / "transformer" / "config.json").read_text())["_class_name"]
     net = getattr(diffusers, named).from_single_file(
         str(file),
@@ -235,10 +237,21 @@ def test_without_the_package_it_is_said_which(place: Path, monkeypatch: pytest.M
         Editor.load(place / f"{FLUX.name}-Q8_0.gguf", config=place / FLUX.name)
 
 
-def test_a_unet_of_xl_alone_is_known_by_its_second_embedding(tmp_path: Path) -> None:
-    """A UNet of XL has no text encoders beside it that would tell it from Stable Diffusion's."""
-    state = {"input_blocks.0.0.weight": torch.zeros(4, 32), "label_emb.0.0.weight": torch.zeros(1)}
-    save(state, tmp_path / "xl.gguf", Kind.Q8_0)
-    assert single_file.kind(tmp_path / "xl.gguf") == SDXL.theirs["text2img"]
+@pytest.mark.parametrize(("told", "pipeline"), [(2816, "XL"), (2560, "XL"), (1024, "")])
+def test_a_unet_of_xl_alone_is_known_by_what_it_is_told(
+    told: int, pipeline: str, tmp_path: Path
+) -> None:
+    """It has no text encoders beside it that would tell it from Stable Diffusion's."""
+    state = {
+        "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 32),
+        "model.diffusion_model.label_emb.0.0.weight": torch.zeros(1, told),
+    }
+    save(state, tmp_path / "unet.gguf", Kind.Q8_0)
+    assert single_file.kind(tmp_path / "unet.gguf") == f"StableDiffusion{pipeline}Pipeline"
+
+
+def test_a_unet_without_the_names_that_diffusers_reads_is_refused(tmp_path: Path) -> None:
     save({"input_blocks.0.0.weight": torch.zeros(4, 32)}, tmp_path / "sd.gguf", Kind.Q8_0)
-    assert single_file.kind(tmp_path / "sd.gguf") == "StableDiffusionPipeline"
+    SD.save(SD.pipeline(), tmp_path / "sd")
+    with pytest.raises(errors.ModelError, match=r"lack 'model\.diffusion_model\.' before their"):
+        Editor.load(tmp_path / "sd.gguf", config=tmp_path / "sd", device="cpu")

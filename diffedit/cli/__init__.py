@@ -124,8 +124,8 @@ def quiet_libraries() -> None:
     cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help="Edit images with latent diffusion: one sampling loop, and edits that combine.",
-    epilog="'diffedit demo' opens the workspace in the browser (extra 'demo'); other plugins may"
-    " add commands, too: 'diffedit plugins list'.",
+    epilog="'diffedit demo' opens the workspace in the browser. Installed plugins may add commands,"
+    " too: 'diffedit plugins list'.",
 )
 @click.version_option(__version__, prog_name="diffedit", message="%(prog)s %(version)s")
 @verbose_option

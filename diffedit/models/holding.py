@@ -131,6 +131,11 @@ def where(network: nn.Module) -> torch.device:
     return cast(torch.device, said or next(network.parameters()).device)
 
 
+def unpacked(weight: Tensor) -> tuple[int, ...]:
+    """The shape of a weight; of one that is packed that which it is unpacked to."""
+    return tuple(getattr(weight, "quant_shape", weight.shape))
+
+
 def away(network: nn.Module) -> int:
     """The bytes of a network's weights that stay in main memory."""
     held = (one for one in network.modules() if _held(one).device is not None)
@@ -205,4 +210,4 @@ _FORWARDS: Mapping[type, Callable[..., Tensor]] = {
 }
 
 
-__all__ = ["alike", "away", "computing", "holds", "narrow", "place", "where"]
+__all__ = ["alike", "away", "computing", "holds", "narrow", "place", "unpacked", "where"]

@@ -260,8 +260,7 @@ def _fitting(state: Mapping[str, Tensor], module: nn.Module, file: Path) -> dict
         layer = layers.get(_layer_of(key))
         if layer is None or not isinstance(getattr(layer, "weight", None), Tensor):
             continue
-        # Of packed weights the shape that they are unpacked to.
-        outer, *rest = getattr(layer.weight, "quant_shape", layer.weight.shape)
+        outer, *rest = holding.unpacked(layer.weight)
         inner = tuple(rest)
         if key.endswith("lora_A.weight"):
             if _layer_of(key) == "x_embedder" and value.ndim == 2 and value.shape[1] < inner[0]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar, cast
@@ -115,7 +116,7 @@ class PipelineModel:
         if "image" in self.roles:
             self.capabilities |= {"instructions"}
         self._counts = {
-            name: sum(weight.numel() for weight in part.parameters())
+            name: sum(math.prod(holding.unpacked(weight)) for weight in part.parameters())
             for name, part in self._parts().items()
         }
         said = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")

@@ -193,9 +193,8 @@ class LatentModel(Protocol):
             guidance scale is an input of the denoiser), ``reference_tokens`` (a reference becomes
             part of the denoiser's sequence), ``instructions`` (its prompts say what to change in a
             picture, which it takes as a channel ``image`` or as reference tokens), ``image_prompt``
-            (adapters that make a prompt of a picture), ``inpaint_control`` (it brings a control
-            network for inpainting: `Run.control_net` of the kind "inpaint"), ``lora`` (low-rank
-            additions to the weights), ``textual_inversion`` (words that its text encoders learned),
+            (adapters that make a prompt of a picture), ``lora`` (low-rank additions to the
+            weights), ``textual_inversion`` (words that its text encoders learned),
             ``prompt_weights`` (it reads prompts as `diffedit.prompts` writes them, and is given
             them as they are; the others get the text).
         sized: whether what `embed` makes depends on the size.

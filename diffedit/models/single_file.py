@@ -21,10 +21,11 @@ _KINDS = (
     ("FluxPipeline", "double_blocks.0.img_attn.norm.key_norm."),
     ("StableDiffusion3Pipeline", "joint_blocks.0.context_block.adaLN_modulation."),
     ("StableDiffusionXLPipeline", "conditioner.embedders."),
-    ("StableDiffusionXLPipeline", "label_emb.0.0."),  # of a UNet alone
     ("StableDiffusionPipeline", "input_blocks.0.0."),
 )
 _PREFIX = "model.diffusion_model."
+#: What a UNet of XL is told besides the text: of the base, and of the refiner.
+_XL = (2816, 2560)
 #: Where autoencoders lie, and text encoders of the two makes.
 _AUTOENCODERS = ("first_stage_model.", "vae.")
 _CLIPS = (
@@ -57,8 +58,11 @@ def kind(path: Path) -> str:
         ModelError: it is of no kind that is read.
     """
     names = header(path)
+    bare = {name.removeprefix(_PREFIX): tensor for name, tensor in names.items()}
+    if (sizes := bare.get("label_emb.0.0.weight")) and sizes.shape[-1] in _XL:
+        return "StableDiffusionXLPipeline"  # a UNet alone has no text encoders to tell it by
     for pipeline, mark in _KINDS:
-        if any(name.removeprefix(_PREFIX).startswith(mark) for name in names):
+        if any(name.startswith(mark) for name in bare):
             return pipeline
     raise ModelError(
         f"{path}: not a checkpoint in an original layout that is known: those of Stable Diffusion"
@@ -99,6 +103,11 @@ def load(cls: Any, path: Path, config: str | None, place: Place, dtype: Any, **g
         ModelError: a part is nowhere, or a tensor is missing or of another shape.
     """
     names = header(path)
+    if any(name.startswith("input_blocks.") for name in names):
+        raise ModelError(
+            f"{path}: a UNet whose tensors lack {_PREFIX!r} before their names, which diffusers"
+            " does not read"
+        )
     folder = place(config or _published(path, names), frozenset())
     index = read_json(folder / "model_index.json")
     lacking = _lacking(names, index) - set(given)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -43,7 +42,7 @@ class StableDiffusion(PipelineModel):
         }
     )
     sometimes: ClassVar[frozenset[str]] = frozenset(
-        {"embedded_guidance", "inpaint_control", "instructions", "mask_channels"}
+        {"embedded_guidance", "instructions", "mask_channels"}
     )
     networks: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder")
     control_nets: ClassVar[tuple[type, ...]] = (ControlNetModel, T2IAdapter)
@@ -53,9 +52,6 @@ class StableDiffusion(PipelineModel):
         super()._ready()
         self.unet: Any = self.denoiser
         self._felt: list[tuple[Any, ...]] = []
-        own = Path(self.source) / "controlnet" / "inpaint" / "config.json"
-        if "mask" not in self.roles and own.is_file():
-            self.capabilities |= {"inpaint_control"}
         if self.unet.config.time_cond_proj_dim is not None:
             self.capabilities |= {"embedded_guidance"}
 

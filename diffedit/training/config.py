@@ -214,6 +214,9 @@ class ControlNetTraining(Training):
         " drawn scenes; hint or any other name: the 'hint' column of the data",
     )
     small: bool = Field(False, description="Without attention: half the size")
+    start: LocalPath | None = Field(
+        None, description="Folder of a ControlNet to go on from; none: a new one"
+    )
     objective: Objective = Objective()
 
 

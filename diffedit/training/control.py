@@ -25,6 +25,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from diffedit.errors import InputError
+from diffedit.models import control
 from diffedit.training import parts as models
 from diffedit.training.config import ControlNetTraining
 from diffedit.training.data import Example, Pixels, Source
@@ -112,6 +113,18 @@ def _waken(net: Any, *, last: bool) -> None:
         nn.init.zeros_(convolution.bias)
 
 
+def _started(folder: Path, unet: UNet2DConditionModel) -> Any:
+    """The ControlNet that a training goes on from.
+
+    Raises:
+        InputError: it is none, or one for another UNet.
+    """
+    if not folder.is_dir():
+        raise InputError(f"start: there is no folder {folder}")
+    kinship = ("cross_attention_dim", "block_out_channels")
+    return control.load(str(folder), (ControlNetModel,), unet, kinship, dtype=torch.float32)
+
+
 class ControlNetTask(UNetTask[ControlNetTraining]):
     """A ControlNet for the model's frozen UNet, from hints that :class:`Hinted` gives."""
 
@@ -122,7 +135,10 @@ class ControlNetTask(UNetTask[ControlNetTraining]):
         self.latents = Latents(
             training, training.objective, self.parts, self.examples, embeddings=True
         )
-        self.net: Any = new_controlnet(self.parts.unet, factor=factor, small=training.small)
+        if training.start is None:
+            self.net: Any = new_controlnet(self.parts.unet, factor=factor, small=training.small)
+        else:
+            self.net = _started(training.start, self.parts.unet)
         models.quick(self.net)
         self.net.requires_grad_(True).train()
         if training.checkpointing:

@@ -98,8 +98,15 @@ class ControlNet(Windowed):
                     "controlnet: this model itself takes the hint, which has no weight, start or"
                     " end"
                 )
+            if self.kind == "inpaint":
+                raise errors.InputError("controlnet: this model takes a hint, and no hole in one")
             return Contribution(channels={"hint": Pixels(hint)})
         net = run.control_net(self.model, self.kind, self.mode)
+        if self.kind == "inpaint" and not run.model.control_roles(net):
+            raise errors.InputError(
+                "controlnet: kind inpaint is for ControlNets that are shown the hole in a picture,"
+                " of Stable Diffusion and its XL, and this network is none"
+            )
 
         return Contribution(
             residuals=run.led_by(net, hint, self.weight),

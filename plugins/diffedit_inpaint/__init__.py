@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import cv2
@@ -19,12 +18,11 @@ class Inpaint(Edit):
     """Repaint what is white in the mask, and nothing else.
 
     Where the loaded model is an inpainting model, the core gives it the mask and the picture around
-    it; any other model is held to the picture outside the mask step by step, and led by its own
-    control network for inpainting if it has one.
+    it; any other model is held to the picture outside the mask step by step.
     """
 
     name: ClassVar[str] = "inpaint"
-    version: ClassVar[str] = "1.2.0"
+    version: ClassVar[str] = "1.1.0"
 
     mask: MaskField = Field(description="White where the picture is to change; greys change later")
     feather: int = Field(
@@ -53,16 +51,8 @@ class Inpaint(Edit):
 
         mask = self._fitting(run.canvas.image_size)
         alpha = feathered(mask, 0 if run.compat else self.feather)
-        made = Contribution(
+        return Contribution(
             mask=torch.tensor(mask)[None, None], alpha=torch.tensor(alpha)[None, None]
-        )
-        if run.compat or "inpaint_control" not in run.model.capabilities:
-            return made
-        net = run.control_net(None, "inpaint")
-        return replace(
-            made,
-            residuals=run.led_by(net, lambda: run.canvas.pixels),
-            sees=run.model.control_roles(net),
         )
 
     def _fitting(self, size: tuple[int, int]) -> npt.NDArray[np.float32]:
