@@ -92,7 +92,7 @@ def test_what_is_shown_no_hole_is_refused(editor: Editor, tmp_path: Path) -> Non
     adapter = T2IAdapter(channels=(32, 64), num_res_blocks=1, downscale_factor=8)
     adapter.save_pretrained(tmp_path)
     net = ControlNet(model=str(tmp_path), kind="inpaint")
-    with pytest.raises(errors.InputError, match="kind inpaint is for ControlNets that are shown"):
+    with pytest.raises(errors.InputError, match="networks that are shown the hole"):
         made(editor, net, Inpaint(mask=HOLE))
 
 

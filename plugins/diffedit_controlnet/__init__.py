@@ -104,8 +104,8 @@ class ControlNet(Windowed):
         net = run.control_net(self.model, self.kind, self.mode)
         if self.kind == "inpaint" and not run.model.control_roles(net):
             raise errors.InputError(
-                "controlnet: kind inpaint is for ControlNets that are shown the hole in a picture,"
-                " of Stable Diffusion and its XL, and this network is none"
+                "controlnet: kind inpaint is for control networks that are shown the hole in a"
+                " picture, and this one is none of these"
             )
 
         return Contribution(
