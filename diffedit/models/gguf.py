@@ -28,15 +28,13 @@ def header(path: Path) -> dict[str, Tensor]:
             f"{path}: .gguf files need the package gguf: pip install 'diffedit[gguf]'"
         ) from None
     try:
-        reader: Any = GGUFReader(path)
-        found, size = {}, path.stat().st_size
-        for one in reader.tensors:
-            if int(one.data_offset) + int(one.n_bytes) > size:
-                raise ValueError(f"{one.name} ends behind the file's end")
-            found[one.name] = Tensor(one.tensor_type.name, tuple(int(n) for n in one.shape[::-1]))
+        tensors: Any = GGUFReader(path).tensors  # it maps the file, and finds what is cut off
     except Exception as error:  # whatever the reader meets in a file that lies
         raise ModelError(f"{path}: not a readable .gguf file ({first_line(error)})") from error
-    return found
+    return {
+        one.name: Tensor(one.tensor_type.name, tuple(int(n) for n in one.shape[::-1]))
+        for one in tensors
+    }
 
 
 def load(cls: Any, path: Path, folder: Path, name: str, dtype: Any) -> Any:

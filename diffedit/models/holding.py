@@ -107,8 +107,6 @@ def _weights(layer: nn.Module) -> dict[str, nn.Parameter]:
 def _moved(weight: nn.Parameter, to: torch.device) -> nn.Parameter:
     if weight.device == to:
         return weight
-    if type(weight) is not nn.Parameter:  # packed in a way that its class knows
-        return cast(nn.Parameter, weight.detach().to(to))
     return nn.Parameter(weight.detach().to(to), requires_grad=weight.requires_grad)
 
 

@@ -122,8 +122,8 @@ def load(cls: Any, path: Path, config: str | None, place: Place, dtype: Any, **g
     try:
         if _quantised(path):
             name = "unet" if "unet" in index else "transformer"
-            kind_of = parts.find_class(*parts.named(index)[name])
-            rest[name] = gguf.load(kind_of, path, folder, name, parts.kind_of(dtype, name))
+            network = parts.find_class(*parts.named(index)[name])
+            rest[name] = gguf.load(network, path, folder, name, parts.kind_of(dtype, name))
             pipe = cls.from_pretrained(folder, **rest, **given)
         else:
             pipe = cls.from_single_file(str(path), config=str(folder), dtype=dtype, **rest, **given)
@@ -132,6 +132,8 @@ def load(cls: Any, path: Path, config: str | None, place: Place, dtype: Any, **g
             raise ModelError(
                 f"{path}: lacks tensors that the configuration in {folder} asks for"
             ) from error
+        if isinstance(error, KeyError):  # of diffusers' renaming, which takes each out by its name
+            raise ModelError(f"{path}: lacks {error.args[0]}") from error
         raise ModelError(f"{path}: cannot be loaded ({first_line(error)})") from error
     for name, part in pipe.components.items():
         if lost := [key for key, one in _parameters(part) if one.is_meta]:

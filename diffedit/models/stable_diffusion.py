@@ -23,7 +23,7 @@ from diffedit.models.ip_adapter import IPAdapter, load_ip_adapter
 from diffedit.models.pipeline import HINTS, PipelineModel
 from diffedit.models.protocol import Conditioning, ModelInput, Residuals
 from diffedit.models.textual_inversion import Word, load_word, teach
-from diffedit.models.unet_controls import HOLE, check_adapter, features, residuals
+from diffedit.models.unet_controls import check_adapter, features, residuals
 from diffedit.prompts import Prompt, parse
 
 
@@ -108,7 +108,7 @@ class StableDiffusion(PipelineModel):
 
     def control_roles(self, net: Any) -> frozenset[str]:
         """One for inpainting is told where the picture is to change."""
-        return frozenset({HOLE} if isinstance(net, OfHoles) else ())
+        return frozenset({"hole"} if isinstance(net, OfHoles) else ())
 
     def control(self, net: Any, x: ModelInput, hint: Tensor, weight: float) -> Residuals:
         """Run a control network on the rows of `x`; see `models.unet_controls`."""

@@ -31,10 +31,6 @@ MODES = {
 }  # fmt: skip
 
 
-#: The role of the mask in pixels, which a network for inpainting is told.
-HOLE = "hole"
-
-
 def residuals(
     net: Any, x: ModelInput, hint: Tensor, weight: float, told: Mapping[str, Any]
 ) -> Residuals:
@@ -73,9 +69,10 @@ def holed(hint: Tensor, x: ModelInput) -> Tensor:
     Raises:
         InputError: the pass has no mask.
     """
-    if HOLE not in x.channels:
+    if "hole" not in x.channels:
         raise InputError("this control network is one for inpainting: it needs a mask (inpaint)")
-    return torch.where(x.channels[HOLE] > 0, -1.0, hint.to(x.channels[HOLE]))
+    hole = x.channels["hole"]
+    return torch.where(hole > 0, -1.0, hint.to(hole))
 
 
 def features(net: T2IAdapter, hint: Tensor, weight: float) -> tuple[Tensor, ...]:

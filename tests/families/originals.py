@@ -169,6 +169,22 @@ def text_encoders(**encoders: Any) -> State:
     return made
 
 
+def sampled(pipe: Any) -> Tensor:
+    """Latents of two steps by a pipeline of diffusers', ``(1, c, 8, 8)``."""
+    made: Tensor = pipe(
+        "a red circle",
+        height=64,
+        width=64,
+        guidance_scale=3.0,
+        num_inference_steps=2,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(7),
+    ).images
+    if hasattr(pipe, "_unpack_latents"):
+        made = pipe._unpack_latents(made, 64, 64, pipe.vae_scale_factor)
+    return made
+
+
 @contextmanager
 def narrow_flux(width: int) -> Iterator[None]:
     """While inside, diffusers reads files of a Flux of another width than 3072, which it fixes."""
