@@ -17,7 +17,7 @@ from torch import Tensor
 from diffedit import prompts
 from diffedit.box import Box
 from diffedit.canvas import Canvas, Frame, exact_frame, frame
-from diffedit.contribution import Branch, Contribution, Pixels, merge
+from diffedit.contribution import Branch, Contribution, Owned, Pixels, merge
 from diffedit.edit import canonical, labels
 from diffedit.embeddings import told
 from diffedit.errors import (
@@ -88,6 +88,7 @@ class Plan:
         self._check_capabilities()
         self._check_picture()
         self._check_handover()
+        self._lead_into_the_hole()
         self.predictions = self._predictions()
         self.schedule = self.make_schedule()
         self._check_level()
@@ -307,6 +308,22 @@ class Plan:
                 "the pass before stopped early, so that this one goes on from its latents: they"
                 " must be of one size and one number of pictures"
             )
+
+    def _lead_into_the_hole(self) -> None:
+        """Have the model's own control network for inpainting lead where the pass has a mask.
+
+        Once, however many edits have masks, and not where one of them brings such a network itself.
+        """
+        led = "inpaint_control" in self.model.capabilities and not self.setting.compat
+        if not led or self.merged.mask is None or "hole" in self.merged.sees:
+            return
+        net = self.run.control_net(None, "inpaint")
+        lead = self.run.led_by(net, lambda: self.canvas.pixels)
+        self.merged = replace(
+            self.merged,
+            residuals=(*self.merged.residuals, Owned("the model", lead)),
+            sees=self.merged.sees | self.model.control_roles(net),
+        )
 
     def _guidance(self) -> tuple[float, float | None]:
         pass_ = self.pass_

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,48 @@ def test_seeds_together_and_apart(editor: Editor, folder: Path) -> None:
         alone = editor.run(PHOTO, [pass_, pass_], seed=seed).latents
         assert alone is not None
         assert torch.allclose(latents, alone[0], atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def leading(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Editor:
+    """A model in a folder, with a control network for inpainting of its own."""
+    place = tmp_path_factory.mktemp("model")
+    tiny_pipeline().save_pretrained(place)
+    shutil.copytree(folder, place / "controlnet/inpaint")
+    return Editor.load(str(place), device="cpu")
+
+
+def test_a_models_own_net_for_inpainting_leads_wherever_there_is_a_mask(
+    leading: Editor, editor: Editor, folder: Path
+) -> None:
+    """Once, as that one network would if an edit brought it, and with any number of masks."""
+    assert "inpaint_control" in leading.model.capabilities
+    inpaint = Inpaint(mask=HOLE)
+    brought = made(editor, ControlNet(model=str(folder), kind="inpaint"), inpaint)
+    assert (made(leading, inpaint) == brought).all()
+    assert (made(editor, inpaint) != brought).any()
+    upper, lower = (Inpaint(mask=HOLE & white(place)) for place in (np.s_[:64], np.s_[64:]))
+    two = made(editor, ControlNet(model=str(folder), kind="inpaint"), upper, lower)
+    assert (made(leading, upper, lower) == two).all()
+
+
+def test_a_models_own_net_for_inpainting_steps_back(leading: Editor, editor: Editor) -> None:
+    """Before one that an edit brings, at any weight, and where there is no mask."""
+    inpaint = Inpaint(mask=HOLE)
+    off = ControlNet(kind="inpaint", weight=0)
+    assert (made(leading, off, inpaint) == made(editor, inpaint)).all()
+    assert (made(leading) == made(editor)).all()
+    pass_ = Pass(prompt="a cat", steps=2, edits=[inpaint])
+    own, bare = (one.run(PHOTO, pass_, seed=1, compat=True).pixels for one in (leading, editor))
+    assert (own == bare).all()
+
+
+def test_a_net_that_may_be_for_anything_leads_nobody(folder: Path, tmp_path: Path) -> None:
+    tiny_pipeline().save_pretrained(tmp_path)
+    shutil.copytree(folder, tmp_path / "controlnet")
+    assert "inpaint_control" not in Editor.load(str(tmp_path)).model.capabilities
+    (tmp_path / "controlnet/diffedit.json").write_text('{"kind": "inpaint"}')
+    assert "inpaint_control" in Editor.load(str(tmp_path)).model.capabilities
 
 
 def test_hint_from_the_picture_equals_the_same_hint_ready_made(

@@ -233,6 +233,8 @@ class Theirs:
     """
 
     name: ClassVar[str] = "diffusers"
+    #: Whether the model's own control network for inpainting leads it, if there is one.
+    shown: ClassVar[bool] = True
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
@@ -273,12 +275,19 @@ class Theirs:
 
     def _inpaint(self, case: Case) -> Pixels:
         image = Image.fromarray(pictures.source(case, self.bench.native))
-        pipe = self.bench.pipeline("StableDiffusionInpaintPipeline")
+        led = self.shown and "inpaint_control" in self.bench.editor.model.capabilities
+        if led:
+            net = self.bench.loaded_net("inpaint")
+            pipe = self.bench.pipeline("StableDiffusionControlNetInpaintPipeline", controlnet=net)
+        else:
+            pipe = self.bench.pipeline("StableDiffusionInpaintPipeline")
         for number in range(len(case.prompts)):
-            grey = Image.fromarray(self.bench.mask(case, number).astype(np.uint8) * 255)
+            mask = self.bench.mask(case, number)
+            hint = {"control_image": _holed(image, mask)} if led else {}
             made = pipe(
-                **self.common(case, number), **self.frame(image), image=image, mask_image=grey,
-                strength=1.0,
+                **self.common(case, number), **self.frame(image), **hint, image=image,
+                mask_image=Image.fromarray(mask.astype(np.uint8) * 255), strength=1.0,
+                **({"controlnet_conditioning_scale": 1.0} if led else {}),
             )  # fmt: skip
             image = made.images[0]
         return np.asarray(image.convert("RGB"))
@@ -289,9 +298,13 @@ class Theirs:
 
 
 class TheirsCropped(Theirs):
-    """diffusers' inpainting with `padding_mask_crop`, on half of the cases with a mask."""
+    """diffusers' inpainting with `padding_mask_crop`, on half of the cases with a mask.
+
+    It crops no hint that is a tensor, so that a network for inpainting has no part in it.
+    """
 
     name: ClassVar[str] = "diffusers, crop"
+    shown: ClassVar[bool] = False
 
     def declines(self, case: Case) -> str:
         if not case.places or case.lot % 2:
@@ -354,6 +367,12 @@ ENGINES: dict[str, Callable[[Bench], Engine]] = {
     Answer.name: Answer,
     Untouched.name: Untouched,
 }
+
+
+def _holed(image: Image.Image, mask: Mask) -> torch.Tensor:
+    """A picture with -1 in the mask, ``(1, 3, h, w)``, as ControlNet 1.1 has it for inpainting."""
+    pixels = np.where(mask[..., None], np.float32(-1), np.asarray(image, np.float32) / 255)
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
 
 def _pixels(made: Any) -> Pixels:

@@ -42,7 +42,7 @@ class StableDiffusion(PipelineModel):
         }
     )
     sometimes: ClassVar[frozenset[str]] = frozenset(
-        {"embedded_guidance", "instructions", "mask_channels"}
+        {"embedded_guidance", "inpaint_control", "instructions", "mask_channels"}
     )
     networks: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder")
     control_nets: ClassVar[tuple[type, ...]] = (ControlNetModel, T2IAdapter)
@@ -54,6 +54,9 @@ class StableDiffusion(PipelineModel):
         self._felt: list[tuple[Any, ...]] = []
         if self.unet.config.time_cond_proj_dim is not None:
             self.capabilities |= {"embedded_guidance"}
+        own = loading.own_control(self.source, "inpaint", said=True)
+        if own is not None and "mask" not in self.roles:
+            self.capabilities |= {"inpaint_control"}
 
     def embed(
         self,
