@@ -155,7 +155,7 @@ BAD = {
     ),
     "pickled folder": (edit(*PAINT, "--model", "pickled"), "a pickle (.bin) can run any code"),
     "unknown model": (edit(*PAINT, "--model", "tyni"), "(did you mean 'tiny'?)"),
-    "unknown device": (edit(*PAINT, "--device", "toaster"), "device 'toaster' cannot be used"),
+    "unknown device": (edit(*PAINT, "--device", "toaster"), "no device 'toaster' (known: "),
     "unknown dtype": (edit(*PAINT, "--dtype", "int4"), "'int4' is not one of"),
     "output is the input": (
         edit(*PAINT, "--overwrite", out="photo.png"),

@@ -354,7 +354,7 @@ def _styles(rng: np.random.Generator) -> list[Case]:
     made = []
     for number, (colour, noun) in enumerate(_pairs_of(rng, 24, SHAPES)):
         style = STYLES[1:][number % (len(STYLES) - 1)]
-        behind = _background(rng, [colour])
+        behind = _background(rng, [colour, *_ink(style, colour)])
         prompt = _styled(style, article(f"{colour} {noun}"))
         if style not in ("sepia", "neon"):
             prompt = f"{prompt} on {article(behind.words)}"
@@ -442,6 +442,13 @@ def _styled(style: str, prompt: str) -> str:
     bare = " ".join(words[1:] if words[0] in ("a", "an") else words)
     bare = re.sub(r"\ban? (\w)", lambda m: article(m[1]), bare)
     return article(f"{style} {bare}")
+
+
+def _ink(style: str, colour: str) -> list[str]:
+    """The colour of a thing's outline, in front of which nobody could tell the style."""
+    if style != "outlined":
+        return []
+    return ["white" if colour == "black" else "black"]
 
 
 def _styled_views(rng: np.random.Generator) -> list[Case]:
@@ -631,7 +638,7 @@ def _restyle(rng: np.random.Generator) -> list[Case]:
                           source=source, look=look, strength=0.6))  # fmt: skip
     for number, (colour, noun) in enumerate(_pairs_of(rng, 30, SHAPES)):
         style = STYLES[1:][number % (len(STYLES) - 1)]
-        behind = _background(rng, [colour])
+        behind = _background(rng, [colour, *_ink(style, colour)])
         thing = _thing(rng, colour, noun, 0.5, 0.5, 0.3)
         prompt = _styled(style, article(f"{colour} {noun}"))
         if style not in ("sepia", "neon"):

@@ -33,12 +33,16 @@ def chosen(device: str | torch.device | None) -> torch.device:
     """
     import torch
 
+    here = ["cuda"] if torch.cuda.is_available() else []
+    here += ["mps"] if torch.backends.mps.is_available() else []
+    here += ["cpu"]
     if device is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device(here[0])
     try:
         found = torch.device(device)
+    except RuntimeError as error:  # its own message names all that torch was ever built for
+        raise ModelError(f"no device {str(device)!r}{nearest(str(device), here)}") from error
+    try:
         torch.empty(1, device=found)
     except Exception as error:
         raise ModelError(

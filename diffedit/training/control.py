@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from diffusers import (
@@ -32,7 +31,7 @@ from diffedit.training.data import Example, Pixels, Source
 from diffedit.training.denoising import Latents, Predict, save_settings
 from diffedit.training.export import SHARD
 from diffedit.training.files import whole_folder
-from diffedit.training.hints import Hinted, canny
+from diffedit.training.hints import Hinted
 from diffedit.training.loop import Picture, Rows
 from diffedit.training.parts import Parts
 from diffedit.training.unet_task import UNetTask, must_fit
@@ -303,122 +302,7 @@ def overfit(task: ControlNetTask, steps: int, *, draws: int = 4) -> Overfit:
     return Overfit(before, error(hints), error(hints.roll(1, 0)), error(blank(hints)))
 
 
-# -- how well it follows --------------------------------------------------------------------------
-
-
-def edge_f1(asked: Pixels, got: Pixels, tolerance: int = 1) -> float:
-    """How well two edge maps agree, in [0, 1]: the harmonic mean of precision and recall.
-
-    Precision is the share of edge pixels got that have one asked at most ``tolerance`` pixels away
-    (in any of eight directions), recall the share of those asked that have one got as near: the
-    "relaxed" measures of Mnih & Hinton 2010, "Learning to Detect Roads in High-Resolution Aerial
-    Images". No edges asked and none got are 1; only one of both, 0.
-
-    Args:
-        asked: (h, w) or (h, w, channels) uint8; above 127 in some channel is an edge.
-        got: as many pixels.
-        tolerance: in pixels.
-    """
-    first, second = (_edges(edges) for edges in (asked, got))
-    if first.shape != second.shape:
-        raise InputError(f"edges of {first.shape} and {second.shape} pixels: should be as many")
-    if not first.any() or not second.any():
-        return float(first.any() == second.any())
-    kernel = np.ones((2 * tolerance + 1, 2 * tolerance + 1), np.uint8)
-    near_first, near_second = (cv2.dilate(edges, kernel) for edges in (first, second))
-    precision = float(near_first[second > 0].mean())
-    recall = float(near_second[first > 0].mean())
-    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-
-
-def _edges(edges: Pixels) -> Pixels:
-    flat = edges if edges.ndim == 2 else edges.max(axis=2)
-    return np.asarray(flat > 127, np.uint8)
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A mean over pictures and its 95 % interval (percentile bootstrap, Efron 1979)."""
-
-    mean: float
-    low: float
-    high: float
-
-    @staticmethod
-    def of(values: Sequence[float], seed: int = 0) -> Figure:
-        """Of one value per picture."""
-        found = np.asarray(values, np.float64)
-        draws = np.random.default_rng(seed).integers(len(found), size=(2000, len(found)))
-        low, high = np.quantile(found[draws].mean(axis=1), [0.025, 0.975])
-        return Figure(float(found.mean()), float(low), float(high))
-
-
-@dataclass(frozen=True, slots=True)
-class ControlFigures:
-    """Edge F1 against the examples' own edges, per example, and what it is on average.
-
-    ``controlled`` is of samples with the hint, ``free`` of samples of the same captions and noise
-    without, ``ceiling`` of the pictures themselves through the autoencoder and back.
-    """
-
-    controlled: tuple[float, ...]
-    free: tuple[float, ...]
-    ceiling: tuple[float, ...]
-
-    def table(self) -> dict[str, Figure]:
-        """Means with intervals; ``gain`` is the mean of the paired differences to ``free``."""
-        gains = [a - b for a, b in zip(self.controlled, self.free, strict=True)]
-        return {
-            "edge F1 with control": Figure.of(self.controlled),
-            "edge F1 without": Figure.of(self.free),
-            "edge F1 of the autoencoder": Figure.of(self.ceiling),
-            "gain": Figure.of(gains),
-        }
-
-
-def control_figures(
-    parts: Parts,
-    controlnet: ControlNetModel,
-    examples: Source | Sequence[Example],
-    *,
-    steps: int = 20,
-    guidance: float = 5.0,
-    weight: float = 1.0,
-    seed: int = 0,
-) -> ControlFigures:
-    """Edge F1 with and without a ControlNet, and the autoencoder's ceiling.
-
-    Edges are Canny's, of the sample and of the example's picture, whatever the kind of the hint.
-
-    Args:
-        parts: the model.
-        controlnet: for its UNet.
-        examples: held out, with their hints.
-        steps: of the sampler.
-        guidance: of the captions.
-        weight: of the control.
-        seed: of the noise; of example i it is ``seed + i``, with control and without.
-    """
-    shown = [examples[index] for index in range(len(examples))]
-    if not shown:
-        raise InputError("no examples to take figures of, should be one or more")
-    captions = [example.caption for example in shown]
-    how: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": seed}
-    hints = [_hint(example) for example in shown]
-    images = {
-        "controlled": sampled(parts, controlnet, captions, hints, weight=weight, **how),
-        "free": sampled(parts, None, captions, hints, **how),
-        "ceiling": [_there_and_back(parts, example.image) for example in shown],
-    }
-    return ControlFigures(
-        **{
-            name: tuple(
-                edge_f1(canny(example.image), canny(image))
-                for example, image in zip(shown, made, strict=True)
-            )
-            for name, made in images.items()
-        }
-    )
+# -- samples --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -489,13 +373,3 @@ def _hint(example: Example) -> Pixels:
     if example.hint is None:
         raise InputError(f"{example.name} has no hint: wrap its source in Hinted")
     return example.hint
-
-
-@torch.no_grad()
-def _there_and_back(parts: Parts, image: Pixels) -> Pixels:
-    """A picture through the autoencoder, (h, w, 3) uint8."""
-    like = next(parts.vae.parameters())
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].to(like) / 127.5 - 1
-    back = parts.vae.decode(parts.vae.encode(pixels).latent_dist.mean).sample
-    made = ((back[0].float().cpu() + 1) * 127.5).clamp(0, 255).round()
-    return np.asarray(made.permute(1, 2, 0).numpy(), np.uint8)

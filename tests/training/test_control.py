@@ -15,7 +15,6 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
-from scipy.ndimage import distance_transform_cdt
 
 from diffedit import Editor, Pass
 from diffedit.errors import InputError
@@ -25,13 +24,11 @@ from diffedit.testing import tiny_pipeline
 from diffedit.training.config import ControlNetTraining, Data, Objective, Optimiser
 from diffedit.training.control import (
     ControlNetTask,
-    Figure,
     blank,
-    control_figures,
     controlled,
-    edge_f1,
     new_controlnet,
     overfit,
+    sampled,
     shown,
 )
 from diffedit.training.data import Captioned, Folder, Pixels, Source, check, split
@@ -447,79 +444,25 @@ def test_hints_that_cannot_be_had_are_refused(photos: Path) -> None:
             Hinted(source, "cany")
 
 
-# -- figures -------------------------------------------------------------------------------------
+# -- samples -------------------------------------------------------------------------------------
 
 
-def lines(*columns: int) -> Any:
-    edges = np.zeros((32, 32), np.uint8)
-    edges[:, list(columns)] = 255
-    return edges
-
-
-def test_edges_may_be_one_pixel_off() -> None:
-    assert edge_f1(lines(10), lines(10)) == 1
-    assert edge_f1(lines(10), lines(11)) == edge_f1(lines(10), lines(9)) == 1
-    assert edge_f1(lines(10), lines(12)) == 0
-    assert edge_f1(lines(10), lines(12), tolerance=2) == 1
-    assert edge_f1(lines(10), lines(10, 20)) == pytest.approx(2 / 3)  # precision 1/2, recall 1
-    assert edge_f1(lines(10, 20, 30), lines(10)) == pytest.approx(1 / 2)  # precision 1, recall 1/3
-    assert edge_f1(lines(), lines()) == 1
-    assert edge_f1(lines(), lines(3)) == edge_f1(lines(3), lines()) == 0
-    assert edge_f1(np.repeat(lines(10)[..., None], 3, axis=2), lines(10)) == 1
-    with pytest.raises(InputError, match="as many"):
-        edge_f1(lines(10), lines(10)[:16])
-
-
-@pytest.mark.parametrize("tolerance", [0, 1, 3])
-def test_edge_f1_agrees_with_distances(tolerance: int) -> None:
-    rng = np.random.default_rng(0)
-    for share in (0.02, 0.1, 0.4):
-        asked, got = (rng.random((2, 32, 32)) < share).astype(np.uint8) * 255
-        # How far each pixel is from the nearest edge, in steps that may be diagonal.
-        to_asked, to_got = (
-            distance_transform_cdt(edges == 0, "chessboard") for edges in (asked, got)
-        )
-        precision = (to_asked[got > 0] <= tolerance).mean()
-        recall = (to_got[asked > 0] <= tolerance).mean()
-        expected = 2 * precision * recall / (precision + recall)
-        assert edge_f1(asked, got, tolerance) == pytest.approx(expected)
-
-
-def test_intervals_are_as_wide_as_they_should_be() -> None:
-    values = np.random.default_rng(0).normal(0.5, 0.1, 400)
-    found = Figure.of(values.tolist())
-    half = 1.96 * values.std() / 20
-    assert found.mean == pytest.approx(values.mean())
-    assert found.mean - found.low == pytest.approx(half, rel=0.1)
-    assert found.high - found.mean == pytest.approx(half, rel=0.1)
-
-
-def test_figures_of_a_net_that_does_nothing_and_of_one_that_does(model: Path) -> None:
+def test_samples_of_a_net_that_does_nothing_and_of_one_that_does(model: Path) -> None:
     parts = load(str(model), CPU)
     examples = [Hinted(WORLD, "canny")[index] for index in range(3)]
+    captions, hints = [one.caption for one in examples], [one.hint for one in examples]
     net = new_controlnet(parts.unet, small=True)
-    fresh = control_figures(parts, net, examples, steps=2)
-    assert fresh.controlled == fresh.free  # the same noise with and without
-    assert fresh.table()["gain"] == Figure(0, 0, 0)
+
+    def made(net: ControlNetModel | None, weight: float = 1.0) -> list[bytes]:
+        found = sampled(parts, net, captions, hints, steps=2, weight=weight)  # type: ignore[arg-type]
+        return [image.tobytes() for image in found]
+
+    free = made(None)
+    assert made(net) == free  # the same noise with and without
     for joint in (*net.controlnet_down_blocks, net.controlnet_mid_block):
         torch.nn.init.constant_(joint.weight, 0.05)
-    acting = control_figures(parts, net, examples, steps=2)
-    assert acting.free == fresh.free
-    assert acting.controlled != fresh.controlled
-    with pytest.raises(InputError, match="no hint"):
-        control_figures(parts, net, [WORLD[0]], steps=2)
-
-
-def test_the_ceiling_is_the_autoencoders(model: Path) -> None:
-    parts = load(str(model), CPU)
-    examples = [Hinted(WORLD, "canny")[index] for index in range(2)]
-    figures = control_figures(parts, new_controlnet(parts.unet, small=True), examples, steps=1)
-    for example, figure in zip(examples, figures.ceiling, strict=True):
-        pixels = torch.from_numpy(example.image / 127.5 - 1).permute(2, 0, 1)[None].float()
-        with torch.no_grad():
-            back = parts.vae.decode(parts.vae.encode(pixels).latent_dist.mode()).sample[0]
-        image = ((back.permute(1, 2, 0).numpy() + 1) * 127.5).clip(0, 255).round().astype(np.uint8)
-        assert figure == edge_f1(canny(example.image), canny(image))
+    assert all(a != b for a, b in zip(made(net), free, strict=True))
+    assert made(net, weight=0) == free
 
 
 def test_checkpointing_reaches_the_frozen_unet_too(model: Path, tmp_path: Path) -> None:
