@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffedit import prompts
 from diffedit.canvas import Canvas
 from diffedit.contribution import Branch, merge
 from diffedit.denoiser import Denoiser
@@ -185,9 +186,9 @@ class _Trip:
         channels, tokens = draws.channels(), draws.tokens()
         references = [draws.reference(part) for part in self.merged.rows]
         self._lap("encode")
-        inverter = functools.partial(self._inverted, draws, channels, tokens)
-        run = replace(self.run, inverter=inverter)
         for one in self.merged.prepare:
+            inverter = functools.partial(self._inverted, one.owner, draws, channels, tokens)
+            run = replace(self.run, inverter=inverter)
             for step in self.guard.steps(one.owner, "prepare", one.value, run):
                 if not isinstance(step, Step):
                     raise PluginError(one.owner, f"prepare yielded {type(step).__name__}, no Step")
@@ -235,6 +236,7 @@ class _Trip:
 
     def _inverted(
         self,
+        owner: str,
         draws: Draws,
         channels: Mapping[str, Tensor],
         tokens: Mapping[str, Sequence[Tensor]],
@@ -246,6 +248,7 @@ class _Trip:
         """The canvas's inversion by the model alone: what edits contribute does not act."""
         if self.run.canvas.empty:
             raise InputError("an inversion needs a picture; this pass starts from nothing")
+        prompts.check(owner, prompt, self.model.capabilities)
         branches = [Branch(POSITIVE, prompt)]
         if guidance > 1:
             branches.insert(0, Branch(NEGATIVE, self.run.negative, negative=True))

@@ -20,6 +20,7 @@ from diffedit.errors import CapabilityError, ParameterError
 from diffedit.models.clip import Clip
 from diffedit.models.protocol import Conditioning
 from diffedit.prompts import Prompt, parse
+from diffedit_invert import Invert
 from diffedit_region import Region
 from diffedit_style import Style
 from tests.families import FAMILIES, PIXART, SD, SD3, SDXL, Tiny, xl_pipeline
@@ -352,6 +353,10 @@ def test_others_refuse_weights_in_one_line(family: Tiny) -> None:
         with pytest.raises(CapabilityError, match=rf"^{owner}: .* takes no weights") as caught:
             one.run(None, what, size=SIZE)
         assert "\n" not in str(caught.value)
+    photo = photograph("rgb8", SIZE)
+    backwards = Pass(prompt="a", steps=2, edits=[Invert(prompt="(b:2)", refinements=0)])
+    with pytest.raises(CapabilityError, match=r"^invert: .* takes no weights"):
+        one.run(photo, backwards)
 
 
 def test_others_get_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
