@@ -29,7 +29,7 @@ from diffedit.training import parts as models
 from diffedit.training.config import ControlNetTraining
 from diffedit.training.data import Example, Pixels, Source
 from diffedit.training.denoising import Latents, Predict, save_settings
-from diffedit.training.export import SHARD
+from diffedit.training.export import SHARD, edit_json
 from diffedit.training.files import whole_folder
 from diffedit.training.hints import Hinted
 from diffedit.training.loop import Picture, Rows
@@ -241,6 +241,8 @@ def export_controlnet(folder: Path, net: ControlNetModel, kind: str) -> None:
     half = copy.deepcopy(net).to("cpu", torch.float16).eval()
     with whole_folder(folder) as made:
         half.save_pretrained(made, safe_serialization=True, max_shard_size=SHARD)
+        # Where the weights came from is a folder of the machine that made them.
+        edit_json(made / "config.json", _name_or_path=None)
         save_settings(made, {"kind": kind})
 
 

@@ -73,16 +73,16 @@ def export(
         (made / "diffedit.json").write_text(json.dumps(sizes) + "\n", "utf-8")
         for config in made.rglob("config.json"):
             # Where the weights came from is a folder of the machine that made them.
-            _edit(config, _name_or_path=None)
+            edit_json(config, _name_or_path=None)
         # transformers takes the dtype of the file unless the configuration names one; a pipeline
         # loaded without ``torch_dtype`` would then be half fp16 and half fp32, and fail.
-        _edit(made / "text_encoder" / "config.json", dtype="float32", torch_dtype=None)
+        edit_json(made / "text_encoder" / "config.json", dtype="float32", torch_dtype=None)
         card = folder / "README.md"
         if card.exists():
             shutil.copy2(card, made / "README.md")
 
 
-def _edit(config: Path, **changes: str | None) -> None:
+def edit_json(config: Path, **changes: str | None) -> None:
     """Set entries of a JSON file; ``None`` removes one."""
     values = json.loads(config.read_text("utf-8")) | changes
     kept = {key: value for key, value in values.items() if key not in changes or value is not None}

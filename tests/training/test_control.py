@@ -272,6 +272,8 @@ def test_a_net_may_be_gone_on_from(model: Path, tmp_path: Path) -> None:
     assert known < fresh
     task.loss(rows).backward()
     assert all(p.grad is not None for p in task.net.parameters())
+    task.export(tmp_path / "second")
+    assert str(tmp_path) not in (tmp_path / "second" / "config.json").read_text("utf-8")
     with pytest.raises(InputError, match="there is no folder"):
         ControlNetTask(training(model, tmp_path, start=tmp_path / "none"), CPU)
     other = new_controlnet(new_unet((32, 32), plain_levels=0, sample_size=8, hidden=32))
@@ -462,7 +464,7 @@ def test_samples_of_a_net_that_does_nothing_and_of_one_that_does(model: Path) ->
     for joint in (*net.controlnet_down_blocks, net.controlnet_mid_block):
         torch.nn.init.constant_(joint.weight, 0.05)
     assert all(a != b for a, b in zip(made(net), free, strict=True))
-    assert made(net, weight=0) == free
+    assert made(net, weight=0.0) == free
 
 
 def test_checkpointing_reaches_the_frozen_unet_too(model: Path, tmp_path: Path) -> None:
