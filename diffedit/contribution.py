@@ -262,7 +262,9 @@ class Contribution:
             dpmpp_2m_sde).
         residuals: ``(model input, call) -> Residuals``. Summed. Sees the canvas's rows only.
         sees: roles of channels that `residuals` find in their input where the pass has a mask:
-            ``mask``, ``masked``, ``blackened`` and ``hole`` (see `ModelInput`), or none. Joined.
+            ``mask``, ``masked``, ``blackened`` and ``hole`` (see `ModelInput`), or none.
+            Residuals that see ``hole`` take the place of the model's own network for inpainting.
+            Joined.
         attention: ``(qkv, site) -> qkv``. Chained.
         beside: ``(qkv, site) -> Beside``, or None: another attention of the picture's queries, as
             `attention` leaves them, whose result is added to its own. Summed.

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from diffedit.attention import QKV, Beside, Site
-from diffedit.contribution import Branch, Merged
+from diffedit.contribution import Branch, Merged, Owned
 from diffedit.errors import DiffeditError, PluginError
 from diffedit.guard import Guard
 from diffedit.guidance import NEGATIVE, POSITIVE, composed, rescaled, with_terms
 from diffedit.memory import exhausted
 from diffedit.models.protocol import Conditioning, ModelInput, Residuals
 from diffedit.rows import RowKey, RowMap, index_on
-from diffedit.run import Run
+from diffedit.run import Lead, Run
 from diffedit.schedule import Call, Schedule
 
 
@@ -55,6 +55,7 @@ class Denoiser:
         guidance: scale of classifier-free guidance.
         rescale: how much of the contrast correction is taken, 0 to 1.
         embedded_guidance: the scale for models that take it as an input.
+        lead: the model's own control network, which leads before anything that edits contribute.
         guard: runs what plugins contributed.
     """
 
@@ -71,6 +72,7 @@ class Denoiser:
         guidance: float = 1.0,
         rescale: float = 0.0,
         embedded_guidance: float | None = None,
+        lead: Lead | None = None,
         guard: Guard | None = None,
     ) -> None:
         self.run, self.model = run, run.model
@@ -81,6 +83,7 @@ class Denoiser:
         self.guidance = guidance
         self.rescale = rescale
         self.embedded_guidance = embedded_guidance
+        self.lead = lead
         self.guard = guard or Guard()
         self.call = schedule.call(0)
         self.bare = False
@@ -151,7 +154,7 @@ class Denoiser:
         acting += [part.owner for part in self.merged.attention if part.active(call)]
         acting += [part.owner for part in self.merged.beside if part.active(call)]
         self.bare = True
-        if acting and bool(torch.isfinite(self.model.predict(x)).all()):
+        if acting and bool(torch.isfinite(self.model.predict(self._with(x, call, ()))).all()):
             owners = ", ".join(dict.fromkeys(acting))
             return PluginError(owners, "makes the denoiser's output not finite (NaN or inf)")
         return DiffeditError(
@@ -160,12 +163,15 @@ class Denoiser:
         )
 
     def _with_residuals(self, x: ModelInput, call: Call) -> ModelInput:
-        acting = [p for p in self.merged.residuals if p.active(call)]
-        if not acting:
+        return self._with(x, call, [p for p in self.merged.residuals if p.active(call)])
+
+    def _with(self, x: ModelInput, call: Call, acting: Sequence[Owned[Lead]]) -> ModelInput:
+        """The input, with what the model's own network adds to the canvas's rows, and these do."""
+        if not acting and self.lead is None:
             return x
         canvas = self.rows.canvas
         only = replace(x.only(canvas), tokens={})
-        total: Residuals | None = None
+        total = None if self.lead is None else self.lead(only, call)
         for part in acting:
             made = self.guard.call(
                 part.owner, "residuals", part.value, only, call, lent=(only.latents, x.latents)
@@ -173,7 +179,7 @@ class Denoiser:
             self._check_residuals(part.owner, made, len(canvas))
             if total is not None and not made.fits(total):
                 raise PluginError(
-                    part.owner, "residuals are of other shapes than another edit's of this pass"
+                    part.owner, "residuals are of other shapes than others of this pass"
                 )
             total = made if total is None else total + made
         assert total is not None

@@ -206,6 +206,7 @@ class _Trip:
             guidance=self.plan.guidance,
             rescale=pass_.rescale,
             embedded_guidance=self.plan.embedded_guidance,
+            lead=self.plan.lead,
             guard=self.guard,
         )
         if self.merged.attention or self.merged.beside:
@@ -267,6 +268,7 @@ class _Trip:
             tokens=tokens,
             guidance=guidance,
             embedded_guidance=self.plan.embedded_guidance,
+            lead=self.plan.lead,
             guard=self.guard,
         )
         predict = functools.partial(denoise, scaled=True)

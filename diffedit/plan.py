@@ -17,7 +17,7 @@ from torch import Tensor
 from diffedit import prompts
 from diffedit.box import Box
 from diffedit.canvas import Canvas, Frame, exact_frame, frame
-from diffedit.contribution import Branch, Contribution, Owned, Pixels, merge
+from diffedit.contribution import Branch, Contribution, Pixels, merge
 from diffedit.edit import canonical, labels
 from diffedit.embeddings import told
 from diffedit.errors import (
@@ -37,7 +37,7 @@ from diffedit.guidance import NEGATIVE, POSITIVE
 from diffedit.handover import Handover, Setting
 from diffedit.models.protocol import Conditioning
 from diffedit.prompts import WEIGHTS, parse
-from diffedit.run import Run
+from diffedit.run import Lead, Run
 from diffedit.schedule import Schedule
 from diffedit.workflow import Pass
 
@@ -88,7 +88,8 @@ class Plan:
         self._check_capabilities()
         self._check_picture()
         self._check_handover()
-        self._lead_into_the_hole()
+        #: The model's own control network for inpainting, where it leads.
+        self.lead = self._own_lead()
         self.predictions = self._predictions()
         self.schedule = self.make_schedule()
         self._check_level()
@@ -309,21 +310,17 @@ class Plan:
                 " must be of one size and one number of pictures"
             )
 
-    def _lead_into_the_hole(self) -> None:
-        """Have the model's own control network for inpainting lead where the pass has a mask.
+    def _own_lead(self) -> Lead | None:
+        """The model's own control network for inpainting leads wherever the pass has a mask.
 
         Once, however many edits have masks, and not where one of them brings such a network itself.
         """
-        led = "inpaint_control" in self.model.capabilities and not self.setting.compat
-        if not led or self.merged.mask is None or "hole" in self.merged.sees:
-            return
+        able = "inpaint_control" in self.model.capabilities and not self.setting.compat
+        if not able or self.merged.mask is None or "hole" in self.merged.sees:
+            return None
         net = self.run.control_net(None, "inpaint")
-        lead = self.run.led_by(net, lambda: self.canvas.pixels)
-        self.merged = replace(
-            self.merged,
-            residuals=(*self.merged.residuals, Owned("the model", lead)),
-            sees=self.merged.sees | self.model.control_roles(net),
-        )
+        self.merged = replace(self.merged, sees=self.merged.sees | self.model.control_roles(net))
+        return self.run.led_by(net, lambda: self.canvas.pixels)
 
     def _guidance(self) -> tuple[float, float | None]:
         pass_ = self.pass_
@@ -424,5 +421,6 @@ class Plan:
             "region": list(where.region),
             "working_size": list(where.size),
             "one_by_one": self.model.one_by_one,
+            "led": not self.rests and self.lead is not None,
             "timings": timings,
         }

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from diffedit.inversion import Inversion
     from diffedit.sampler import Step
 
+#: What a control network adds in a call of the denoiser.
+Lead = Callable[[ModelInput, Call], Residuals]
+
 
 class Streams:
     """Named streams of random numbers.
@@ -155,9 +158,7 @@ class Run:
         net = self.resource(key, lambda: self.model.load_control(source, kind))
         return self.model.in_mode(net, kind or "", mode)
 
-    def led_by(
-        self, net: Any, hint: Callable[[], torch.Tensor], weight: float = 1.0
-    ) -> Callable[[ModelInput, Call], Residuals]:
+    def led_by(self, net: Any, hint: Callable[[], torch.Tensor], weight: float = 1.0) -> Lead:
         """What a control network says under a hint: `Contribution.residuals`.
 
         Args:

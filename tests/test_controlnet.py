@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import cv2
 import numpy as np
@@ -15,12 +15,13 @@ import torch
 from diffusers import ControlNetModel, T2IAdapter
 from skimage import data
 
-from diffedit import Editor, Pass, errors
+from diffedit import Call, Contribution, Editor, ModelInput, Pass, Residuals, Run, errors
 from diffedit.models.stable_diffusion import StableDiffusion
 from diffedit.testing import make_run, tiny_control_net, tiny_editor, tiny_pipeline
 from diffedit_controlnet import ControlNet
 from diffedit_controlnet.preprocessors import DETECTORS, canny
 from diffedit_inpaint import Inpaint
+from diffedit_invert import Invert
 
 PHOTO = data.chelsea()[40:168, 100:228]
 
@@ -63,17 +64,23 @@ def white(*places: slice) -> np.ndarray:
 HOLE = white(np.s_[40:90], np.s_[30:70])
 
 
-def test_a_net_for_inpainting_is_shown_the_picture_with_its_hole(
-    editor: Editor, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[torch.Tensor] = []
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The hints that ControlNets are shown, call by call."""
+    hints: list[torch.Tensor] = []
     run = ControlNetModel.forward
 
     def watched(self: ControlNetModel, *given: Any, **named: Any) -> Any:
-        seen.append(named["controlnet_cond"])
+        hints.append(named["controlnet_cond"])
         return run(self, *given, **named)
 
     monkeypatch.setattr(ControlNetModel, "forward", watched)
+    return hints
+
+
+def test_a_net_for_inpainting_is_shown_the_picture_with_its_hole(
+    editor: Editor, folder: Path, seen: list[torch.Tensor]
+) -> None:
     net = ControlNet(model=str(folder), kind="inpaint")
     pixels = made(editor, net, Inpaint(mask=HOLE, margin=128))
     assert (pixels[~HOLE] == PHOTO[~HOLE]).mean() > 0.8  # all but the feather
@@ -129,6 +136,37 @@ def test_a_models_own_net_for_inpainting_leads_wherever_there_is_a_mask(
     upper, lower = (Inpaint(mask=HOLE & white(place)) for place in (np.s_[:64], np.s_[64:]))
     two = made(editor, ControlNet(model=str(folder), kind="inpaint"), upper, lower)
     assert (made(leading, upper, lower) == two).all()
+    pass_ = Pass(prompt="a cat", steps=2, edits=[inpaint])
+    assert leading.run(PHOTO, pass_).passes[0]["led"]
+    assert not editor.run(PHOTO, pass_).passes[0]["led"]
+
+
+def test_a_models_own_net_for_inpainting_has_a_part_in_inversions(
+    leading: Editor, seen: list[torch.Tensor]
+) -> None:
+    """The sampler that is inverted is the one that runs."""
+    back = Invert(prompt="a cat", kind="edit_friendly", strength=1.0)
+    edits = [back, Inpaint(mask=HOLE)]
+    leading.run(PHOTO, Pass(prompt="a cat", steps=4, scheduler="ddim", eta=1.0, edits=edits))
+    assert len(seen) == 4 + 4
+
+
+def test_edits_are_blamed_for_their_own_residuals(leading: Editor, folder: Path) -> None:
+    """Also where the model's own network leads."""
+
+    class Wrong(ControlNet):
+        name: ClassVar[str] = "wrong"
+
+        def contribute(self, run: Run) -> Contribution:
+            def residuals(x: ModelInput, call: Call) -> Residuals:
+                given = ControlNet(model=str(folder), kind="none").contribute(run).residuals
+                assert given is not None
+                return Residuals(tuple(one[..., :3] for one in given(x, call).places))
+
+            return Contribution(residuals=residuals)
+
+    with pytest.raises(errors.PluginError, match=r"^wrong: .*other shapes"):
+        made(leading, Wrong(), Inpaint(mask=HOLE))
 
 
 def test_a_models_own_net_for_inpainting_steps_back(leading: Editor, editor: Editor) -> None:
@@ -140,6 +178,13 @@ def test_a_models_own_net_for_inpainting_steps_back(leading: Editor, editor: Edi
     pass_ = Pass(prompt="a cat", steps=2, edits=[inpaint])
     own, bare = (one.run(PHOTO, pass_, seed=1, compat=True).pixels for one in (leading, editor))
     assert (own == bare).all()
+
+
+def test_an_adapter_leads_nobody(tmp_path: Path) -> None:
+    tiny_pipeline().save_pretrained(tmp_path)
+    adapter = T2IAdapter(channels=(32, 64), num_res_blocks=1, downscale_factor=8)
+    adapter.save_pretrained(tmp_path / "controlnet/inpaint")
+    assert "inpaint_control" not in Editor.load(str(tmp_path)).model.capabilities
 
 
 def test_a_net_that_may_be_for_anything_leads_nobody(folder: Path, tmp_path: Path) -> None:

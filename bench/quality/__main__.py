@@ -185,6 +185,9 @@ def _digest(bench: Bench) -> str:
         for name, tensor in sorted(part.state_dict().items()):
             said.update(name.encode())
             said.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    for path in sorted(Path(bench.source).glob("controlnet/**/*.safetensors")):
+        said.update(path.relative_to(bench.source).as_posix().encode())
+        said.update(path.read_bytes())
     return said.hexdigest()[:12]
 
 

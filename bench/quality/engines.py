@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import diffusers
 import numpy as np
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from bench import models
@@ -233,8 +234,6 @@ class Theirs:
     """
 
     name: ClassVar[str] = "diffusers"
-    #: Whether the model's own control network for inpainting leads it, if there is one.
-    shown: ClassVar[bool] = True
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
@@ -275,45 +274,55 @@ class Theirs:
 
     def _inpaint(self, case: Case) -> Pixels:
         image = Image.fromarray(pictures.source(case, self.bench.native))
-        led = self.shown and "inpaint_control" in self.bench.editor.model.capabilities
-        if led:
-            net = self.bench.loaded_net("inpaint")
-            pipe = self.bench.pipeline("StableDiffusionControlNetInpaintPipeline", controlnet=net)
-        else:
-            pipe = self.bench.pipeline("StableDiffusionInpaintPipeline")
         for number in range(len(case.prompts)):
-            mask = self.bench.mask(case, number)
-            hint = {"control_image": _holed(image, mask)} if led else {}
-            made = pipe(
-                **self.common(case, number), **self.frame(image), **hint, image=image,
-                mask_image=Image.fromarray(mask.astype(np.uint8) * 255), strength=1.0,
-                **({"controlnet_conditioning_scale": 1.0} if led else {}),
-            )  # fmt: skip
-            image = made.images[0]
+            grey = Image.fromarray(self.bench.mask(case, number).astype(np.uint8) * 255)
+            image = self.painted(case, number, image, grey)
         return np.asarray(image.convert("RGB"))
 
-    def frame(self, image: Image.Image) -> dict[str, Any]:
-        """At which size it works, and on which part of the picture."""
-        return {"width": image.width, "height": image.height}
+    def painted(
+        self, case: Case, number: int, image: Image.Image, grey: Image.Image, **crop: Any
+    ) -> Image.Image:
+        """A pass of the case, by the network for inpainting where one leads diffedit, too."""
+        told = self.common(case, number) | {"image": image, "mask_image": grey, "strength": 1.0}
+        told |= {"width": image.width, "height": image.height} | crop
+        if not self.led:
+            pipe = self.bench.pipeline("StableDiffusionInpaintPipeline")
+            return cast(Image.Image, pipe(**told).images[0])
+        net = self.bench.loaded_net("inpaint")
+        pipe = self.bench.pipeline("StableDiffusionControlNetInpaintPipeline", controlnet=net)
+        made = pipe(**told, control_image=_holed(image, grey), controlnet_conditioning_scale=1.0)
+        return cast(Image.Image, made.images[0])
+
+    @property
+    def led(self) -> bool:
+        """Whether the model's own network for inpainting leads."""
+        return "inpaint_control" in self.bench.editor.model.capabilities
 
 
 class TheirsCropped(Theirs):
-    """diffusers' inpainting with `padding_mask_crop`, on half of the cases with a mask.
-
-    It crops no hint that is a tensor, so that a network for inpainting has no part in it.
-    """
+    """diffusers' inpainting with `padding_mask_crop`, on half of the cases with a mask."""
 
     name: ClassVar[str] = "diffusers, crop"
-    shown: ClassVar[bool] = False
 
     def declines(self, case: Case) -> str:
         if not case.places or case.lot % 2:
             return "not asked"
         return super().declines(case)
 
-    def frame(self, image: Image.Image) -> dict[str, Any]:
+    def painted(
+        self, case: Case, number: int, image: Image.Image, grey: Image.Image, **crop: Any
+    ) -> Image.Image:
         native, margin = self.bench.native, MARGIN + self.bench.feather
-        return {"width": native, "height": native, "padding_mask_crop": margin}
+        if not self.led:
+            told = {"width": native, "height": native, "padding_mask_crop": margin}
+            return super().painted(case, number, image, grey, **told)
+        # It takes no tensor for a hint that it is to crop, and -1 stands in nothing else: what it
+        # does around its sampling is done here, by its own functions.
+        tools = VaeImageProcessor()
+        box = tools.get_crop_region(grey, native, native, pad=margin)
+        part, hole = (one.resize((native, native), box=box) for one in (image, grey))
+        made = super().painted(case, number, part.convert("RGB"), hole)
+        return cast(Image.Image, tools.apply_overlay(grey, image, made, box))
 
 
 class Answer:
@@ -369,10 +378,11 @@ ENGINES: dict[str, Callable[[Bench], Engine]] = {
 }
 
 
-def _holed(image: Image.Image, mask: Mask) -> torch.Tensor:
-    """A picture with -1 in the mask, ``(1, 3, h, w)``, as ControlNet 1.1 has it for inpainting."""
-    pixels = np.where(mask[..., None], np.float32(-1), np.asarray(image, np.float32) / 255)
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+def _holed(image: Image.Image, grey: Image.Image) -> torch.Tensor:
+    """A picture with -1 in the mask, ``(1, 3, h, w)``: the hint of ControlNet 1.1."""
+    hole = np.asarray(grey)[..., None] > 127
+    shown = np.where(hole, np.float32(-1), np.asarray(image.convert("RGB"), np.float32) / 255)
+    return torch.from_numpy(shown).permute(2, 0, 1)[None]
 
 
 def _pixels(made: Any) -> Pixels:

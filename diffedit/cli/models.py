@@ -86,6 +86,8 @@ def info(model: str, as_json: bool) -> None:
         found["parameters"] = {
             part.name: count for part in sorted(folder.iterdir()) if (count := _weights(part))
         }
+        nets = sorted((folder / "controlnet").glob("*/config.json"))
+        found |= {"control networks": [net.parent.name for net in nets]} if nets else {}
     if licence := _licence(folder / "README.md"):
         found["licence"] = licence
     if as_json:

@@ -40,8 +40,8 @@ def chosen(device: str | torch.device | None) -> torch.device:
         return torch.device(here[0])
     try:
         found = torch.device(device)
-    except RuntimeError as error:  # its own message names all that torch was ever built for
-        raise ModelError(f"no device {str(device)!r}{nearest(str(device), here)}") from error
+    except (RuntimeError, TypeError) as error:  # that of torch names all that it was ever built for
+        raise ModelError(f"no device {str(device)!r} (known: {', '.join(here)})") from error
     try:
         torch.empty(1, device=found)
     except Exception as error:

@@ -327,7 +327,7 @@ def sizes(source: str) -> tuple[int, int, int] | None:
     return found
 
 
-def own_control(source: str, kind: str | None = None, *, said: bool = False) -> Path | None:
+def own_control(source: str, kind: str | None = None, *, named: bool = False) -> Path | None:
     """The folder of a model's own control network for hints of a kind, if it has one.
 
     Looked for in the model's folder: ``controlnet/<kind>``, then ``controlnet/<its first word>``
@@ -335,7 +335,7 @@ def own_control(source: str, kind: str | None = None, *, said: bool = False) -> 
     says that it is for another kind: ``{"kind": "canny"}``.
 
     Args:
-        said: only one of which the folder's name or that file says that it is for this kind.
+        named: only one of which the folder's name or that file says that it is for this kind.
     """
     own = Path(source) / "controlnet"
     if kind is not None:
@@ -347,7 +347,7 @@ def own_control(source: str, kind: str | None = None, *, said: bool = False) -> 
     about = own / "diffedit.json"
     its = read_json(about).get("kind") if about.is_file() else None
     # An image that is a hint already ("none") may be one of any kind.
-    fits = (its is None and not said) or kind in (None, "none", its)
+    fits = (its is None and not named) or kind in (None, "none", its)
     fits = fits or str(kind).partition("_")[0] == its
     return own if fits else None
 

@@ -192,7 +192,7 @@ class LatentModel(Protocol):
             denoiser itself takes the mask and the masked picture), ``embedded_guidance`` (the
             guidance scale is an input of the denoiser), ``inpaint_control`` (it brings a control
             network that is shown the hole in a picture, which leads wherever a pass has a mask
-            and no edit brings one), ``reference_tokens`` (a reference becomes
+            and no edit's residuals see the hole), ``reference_tokens`` (a reference becomes
             part of the denoiser's sequence), ``instructions`` (its prompts say what to change in a
             picture, which it takes as a channel ``image`` or as reference tokens), ``image_prompt``
             (adapters that make a prompt of a picture), ``lora`` (low-rank additions to the

@@ -54,9 +54,15 @@ class StableDiffusion(PipelineModel):
         self._felt: list[tuple[Any, ...]] = []
         if self.unet.config.time_cond_proj_dim is not None:
             self.capabilities |= {"embedded_guidance"}
-        own = loading.own_control(self.source, "inpaint", said=True)
-        if own is not None and "mask" not in self.roles:
+        if self._leads_into_holes():
             self.capabilities |= {"inpaint_control"}
+
+    def _leads_into_holes(self) -> bool:
+        """Whether a control network for inpainting came with a model that is shown no mask."""
+        own = loading.own_control(self.source, "inpaint", named=True)
+        if own is None or "mask" in self.roles:
+            return False
+        return bool(loading.network_class(str(own)) == ControlNetModel.__name__)
 
     def embed(
         self,

@@ -18,7 +18,8 @@ class Inpaint(Edit):
     """Repaint what is white in the mask, and nothing else.
 
     Where the loaded model is an inpainting model, the core gives it the mask and the picture around
-    it; any other model is held to the picture outside the mask step by step.
+    it; any other model is held to the picture outside the mask step by step, and led by its own
+    control network for inpainting if it has one.
     """
 
     name: ClassVar[str] = "inpaint"

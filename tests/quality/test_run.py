@@ -223,6 +223,27 @@ def test_a_hint_goes_through_the_model_s_own_net_on_both_sides(
     assert Theirs(own).declines(first("restructure", hint="depth")) == "no net"
 
 
+def test_a_network_for_inpainting_leads_both_sides(bench: Bench, tmp_path: Path) -> None:
+    case = next(one for one in cases() if one.category == "replace" and one.lot % 2 == 0)
+    folder = tmp_path / "model"
+    shutil.copytree(bench.source, folder, ignore=shutil.ignore_patterns("controlnet"))
+    bare = Bench(Editor.load(folder, device="cpu", dtype="float32"), steps=2)
+    digest = command._digest(bare)
+    net = ControlNetModel.from_unet(bench.parts.unet)
+    for layer in net.controlnet_down_blocks:
+        torch.nn.init.normal_(layer.weight, std=0.1)
+    net.save_pretrained(folder / "controlnet" / "inpaint")
+    led = Bench(Editor.load(folder, device="cpu", dtype="float32"), steps=2)
+    assert command._digest(led) != digest
+    outside = ~led.mask(case, 0)
+    before = pictures.source(case, led.native)
+    for make in (Ours, Theirs, ENGINES["diffusers, crop"]):
+        assert not make(led).declines(case)
+        with_it, without = make(led).make(case), make(bare).make(case)
+        assert not np.array_equal(with_it, without)
+        assert np.abs(with_it.astype(int) - before)[outside].mean() < 20
+
+
 def test_a_distillation_is_run_with_its_own_steps(bench: Bench, tmp_path: Path) -> None:
     assert Few(bench).declines(first("replace")) == "not asked"
     unet = Editor.load(device="cpu", dtype="float32").model.pipe.unet  # type: ignore[attr-defined]
