@@ -137,7 +137,7 @@ class Denoiser:
             guidance=self.embedded_guidance,
             tokens=self.tokens,
         )
-        output = self._predict(self._with_residuals(x, call))
+        output = self._predict(self._with_residuals(x, call, self.merged.residuals))
         # A branch's canvas rows stand together; a list of indices would make a GPU wait.
         stride = len(self.rows) // len(self.branches)
         predictions = {
@@ -154,7 +154,9 @@ class Denoiser:
         acting += [part.owner for part in self.merged.attention if part.active(call)]
         acting += [part.owner for part in self.merged.beside if part.active(call)]
         self.bare = True
-        if acting and bool(torch.isfinite(self.model.predict(self._with(x, call, ()))).all()):
+        if acting and bool(
+            torch.isfinite(self.model.predict(self._with_residuals(x, call, ()))).all()
+        ):
             owners = ", ".join(dict.fromkeys(acting))
             return PluginError(owners, "makes the denoiser's output not finite (NaN or inf)")
         return DiffeditError(
@@ -162,11 +164,11 @@ class Denoiser:
             f" {call.total}, and no edit is at fault: try dtype bfloat16 or float32"
         )
 
-    def _with_residuals(self, x: ModelInput, call: Call) -> ModelInput:
-        return self._with(x, call, [p for p in self.merged.residuals if p.active(call)])
-
-    def _with(self, x: ModelInput, call: Call, acting: Sequence[Owned[Lead]]) -> ModelInput:
+    def _with_residuals(
+        self, x: ModelInput, call: Call, given: Sequence[Owned[Lead]]
+    ) -> ModelInput:
         """The input, with what the model's own network adds to the canvas's rows, and these do."""
+        acting = [part for part in given if part.active(call)]
         if not acting and self.lead is None:
             return x
         canvas = self.rows.canvas

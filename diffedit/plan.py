@@ -71,6 +71,8 @@ class Plan:
             edit.digest for edit, one in zip(self.edits, made, strict=True) if one.patches
         )
         self.rests = pass_.prompt is None and self.merged.rests
+        #: The model's own control network for inpainting, where it leads.
+        self.lead: Lead | None = None
         if self.rests and given.unfinished:
             raise InputError(
                 f"the pass before stopped at {given.done:g} of the way: one that samples goes on"
@@ -88,7 +90,6 @@ class Plan:
         self._check_capabilities()
         self._check_picture()
         self._check_handover()
-        #: The model's own control network for inpainting, where it leads.
         self.lead = self._own_lead()
         self.predictions = self._predictions()
         self.schedule = self.make_schedule()
@@ -421,6 +422,6 @@ class Plan:
             "region": list(where.region),
             "working_size": list(where.size),
             "one_by_one": self.model.one_by_one,
-            "led": not self.rests and self.lead is not None,
+            "led": self.lead is not None,
             "timings": timings,
         }

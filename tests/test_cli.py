@@ -519,8 +519,11 @@ def test_models(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert known["class"] == "StableDiffusionPipeline"
     assert known["licence"] == "cc0-1.0"
     assert known["parameters"]["unet"] > 100_000
+    assert "control networks" not in known
     assert main(["models", "info", str(model)]) == 0
     assert "licence: cc0-1.0" in capfd.readouterr().out
+    assert main(["models", "info", "tiny", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["control networks"] == ["canny", "inpaint"]
 
 
 # -- arguments -------------------------------------------------------------------------------------

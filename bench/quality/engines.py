@@ -18,7 +18,7 @@ from bench.quality import pictures
 from bench.quality.autoencoder import reconstruct
 from bench.quality.cases import Case
 from diffedit import Edit, Editor, Pass
-from diffedit.models import loading
+from diffedit.models import control
 from diffedit.schedulers import build
 from diffedit.training.judges import Mask
 from diffedit.training.world.backdrops import Pixels
@@ -87,7 +87,7 @@ class Bench:
 
     def net(self, kind: str) -> Path | None:
         """The folder of the model's own control network for hints of a kind."""
-        return loading.own_control(self.source, kind)
+        return control.own_control(self.source, kind)
 
     def pipeline(self, name: str, **extra: Any) -> Any:
         """A pipeline of diffusers' on the same components, with a scheduler of its own."""

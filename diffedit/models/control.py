@@ -1,14 +1,16 @@
-"""Control networks: finding the right class, checking that one fits, unions, and inpainting."""
+"""Control networks: a model's own, the right class, whether one fits, unions, and inpainting."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from diffedit.errors import ModelError, ParameterError, nearest
 from diffedit.models import holding, loading
+from diffedit.models.files import read_json
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,31 @@ def _class(source: str, classes: Sequence[type]) -> type:
     except ModelError:  # whatever is wrong with it is said when it is loaded
         return first  # type: ignore[no-any-return]
     return next((one for one in classes if one.__name__ == said), first)
+
+
+def own_control(source: str, kind: str | None = None, *, named: bool = False) -> Path | None:
+    """The folder of a model's own control network for hints of a kind, if it has one.
+
+    Looked for in the model's folder: ``controlnet/<kind>``, then ``controlnet/<its first word>``
+    (``depth`` for ``depth_midas``), then ``controlnet`` itself, unless the ``diffedit.json`` in it
+    says that it is for another kind: ``{"kind": "canny"}``.
+
+    Args:
+        named: only one of which the folder's name or that file says that it is for this kind.
+    """
+    own = Path(source) / "controlnet"
+    if kind is not None:
+        for name in dict.fromkeys([kind, kind.partition("_")[0]]):
+            if name and (own / name / "config.json").is_file():
+                return own / name
+    if not (own / "config.json").is_file():
+        return None
+    about = own / "diffedit.json"
+    its = read_json(about).get("kind") if about.is_file() else None
+    # An image that is a hint already ("none") may be one of any kind.
+    fits = (its is None and not named) or kind in (None, "none", its)
+    fits = fits or str(kind).partition("_")[0] == its
+    return own if fits else None
 
 
 def in_mode(net: Any, kind: str, mode: int | None, modes: Mapping[str, int]) -> Any:

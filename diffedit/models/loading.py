@@ -327,31 +327,6 @@ def sizes(source: str) -> tuple[int, int, int] | None:
     return found
 
 
-def own_control(source: str, kind: str | None = None, *, named: bool = False) -> Path | None:
-    """The folder of a model's own control network for hints of a kind, if it has one.
-
-    Looked for in the model's folder: ``controlnet/<kind>``, then ``controlnet/<its first word>``
-    (``depth`` for ``depth_midas``), then ``controlnet`` itself, unless the ``diffedit.json`` in it
-    says that it is for another kind: ``{"kind": "canny"}``.
-
-    Args:
-        named: only one of which the folder's name or that file says that it is for this kind.
-    """
-    own = Path(source) / "controlnet"
-    if kind is not None:
-        for name in dict.fromkeys([kind, kind.partition("_")[0]]):
-            if name and (own / name / "config.json").is_file():
-                return own / name
-    if not (own / "config.json").is_file():
-        return None
-    about = own / "diffedit.json"
-    its = read_json(about).get("kind") if about.is_file() else None
-    # An image that is a hint already ("none") may be one of any kind.
-    fits = (its is None and not named) or kind in (None, "none", its)
-    fits = fits or str(kind).partition("_")[0] == its
-    return own if fits else None
-
-
 def inspect(source: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any]:
     """What a model says of itself, from its configuration files alone."""
     named = _resolved(source)

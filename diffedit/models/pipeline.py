@@ -21,7 +21,7 @@ from diffedit.attention import Addition, Layout, Transform, attending, separate
 from diffedit.errors import CapabilityError, ModelError, lacking
 from diffedit.guidance import classifier_free
 from diffedit.images import Picture
-from diffedit.models import control, holding, hub, loading
+from diffedit.models import control, holding, hub
 from diffedit.models.autoencoder import drawn, grain
 from diffedit.models.compiled import Compiled
 from diffedit.models.lora import Additions, LoRA, components, load_lora
@@ -279,7 +279,7 @@ class PipelineModel:
         return latents.to(self.dtype)
 
     def load_control(self, source: str | None, kind: str | None = None) -> Any:
-        """Load a ControlNet; None: the model's own for hints of `kind` (`loading.own_control`).
+        """Load a ControlNet; None: the model's own for hints of `kind` (`control.own_control`).
 
         Raises:
             ModelError: there is none, or it was made for another family.
@@ -287,7 +287,7 @@ class PipelineModel:
         if not self.control_nets:
             raise lacking("a control network", ["control"], self.capabilities)
         if source is None:
-            own = loading.own_control(self.source, kind)
+            own = control.own_control(self.source, kind)
             if own is None:
                 raise CapabilityError(
                     f"{self.source} brings no control network of its own for {kind!r}: name one by"

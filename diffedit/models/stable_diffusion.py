@@ -18,7 +18,7 @@ from diffedit.attention import Addition
 from diffedit.images import Picture
 from diffedit.models import loading
 from diffedit.models.clip import RAGGED, Clip, read
-from diffedit.models.control import InMode, OfHoles
+from diffedit.models.control import InMode, OfHoles, own_control
 from diffedit.models.ip_adapter import IPAdapter, load_ip_adapter
 from diffedit.models.pipeline import HINTS, PipelineModel
 from diffedit.models.protocol import Conditioning, ModelInput, Residuals
@@ -59,7 +59,7 @@ class StableDiffusion(PipelineModel):
 
     def _leads_into_holes(self) -> bool:
         """Whether a control network for inpainting came with a model that is shown no mask."""
-        own = loading.own_control(self.source, "inpaint", named=True)
+        own = own_control(self.source, "inpaint", named=True)
         if own is None or "mask" in self.roles:
             return False
         return bool(loading.network_class(str(own)) == ControlNetModel.__name__)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from diffedit.errors import InputError
 from diffedit.models import control
+from diffedit.models.stable_diffusion import StableDiffusion
 from diffedit.training import parts as models
 from diffedit.training.config import ControlNetTraining
 from diffedit.training.data import Example, Pixels, Source
@@ -120,7 +121,7 @@ def _started(folder: Path, unet: UNet2DConditionModel) -> Any:
     """
     if not folder.is_dir():
         raise InputError(f"start: there is no folder {folder}")
-    kinship = ("cross_attention_dim", "block_out_channels")
+    kinship = StableDiffusion.kinship
     return control.load(str(folder), (ControlNetModel,), unet, kinship, dtype=torch.float32)
 
 

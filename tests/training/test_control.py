@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from diffedit import Editor, Pass
 from diffedit.errors import InputError
-from diffedit.models.loading import own_control
+from diffedit.models.control import own_control
 from diffedit.models.stable_diffusion import Family
 from diffedit.testing import tiny_pipeline
 from diffedit.training.config import ControlNetTraining, Data, Objective, Optimiser
