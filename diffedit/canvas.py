@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffedit import tone
 from diffedit.box import Box
 from diffedit.errors import InputError
 from diffedit.images import Picture
@@ -195,6 +196,13 @@ class Canvas:
         """Map a working picture ``(b, 3, h, w)`` back to the region's own resolution."""
         width, height = self.frame.content
         return self._resize(decoded[..., :height, :width], self.frame.region.size)
+
+    def toned(self, pixels: Tensor, alpha: Tensor) -> Tensor:
+        """Decoded pixels ``(b, 3, height, width)`` of the region, in the tone of what is around.
+
+        `alpha` is what they are to be pasted with; see `tone.matched`.
+        """
+        return tone.matched(pixels.float(), self.region_pixels, self._crop(alpha))
 
     def pasted(self, pixels: Tensor, alpha: Tensor | None) -> Canvas:
         """Put new pixels into the region.

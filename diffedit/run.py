@@ -187,7 +187,7 @@ class Run:
         return self.resource(key, lambda: self.model.load_textual_inversion(source, token))
 
     def lora(self, source: str) -> Any:
-        """Low-rank additions to the model's weights, from a file, a folder or the hub."""
+        """Low-rank additions to the model's weights: its own by name, or from file or hub."""
         return self.resource(f"lora:{source}", lambda: self.model.load_lora(source))
 
     def ip_adapter(self, source: str, encoder: str | None = None) -> Any:

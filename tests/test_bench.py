@@ -14,7 +14,7 @@ from bench.measure import Contestant, Ratio
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> list[speed.Report]:
     out = tmp_path_factory.mktemp("bench") / "out.json"
-    said = ["--what", "inpaint,img2img,bf16,engine", "--model", "nano", "--side", "128"]
+    said = ["--what", "inpaint,img2img,nothing,bf16,engine", "--model", "nano", "--side", "128"]
     threads = torch.get_num_threads()  # several, on a busy machine, wait for each other
     try:
         found = speed.main(
@@ -43,17 +43,23 @@ def test_both_sides_of_image_to_image_do_the_same_work(reports: list[speed.Repor
     assert set(works(reports[1])) == {"1 × 2×4×16×16; VAE 1 in, 1 out"}
 
 
+def test_both_sides_of_a_picture_from_nothing_do_the_same_work(reports: list[speed.Report]) -> None:
+    (work,) = set(works(reports[2]))
+    assert work.startswith("4 × 2×4×")  # twice the steps, guided
+    assert work.endswith("VAE 0 in, 1 out")
+
+
 def test_lower_precision_makes_another_picture_by_the_same_work(
     reports: list[speed.Report],
 ) -> None:
-    exact, rough, *_ = works(reports[2])
+    exact, rough, *_ = works(reports[3])
     assert exact == rough
-    assert "dB" in reports[2].notes[0]
-    assert "inf" not in reports[2].notes[0]
+    assert "dB" in reports[3].notes[0]
+    assert "inf" not in reports[3].notes[0]
 
 
 def test_the_engine_is_measured_with_every_kind_of_edit(reports: list[speed.Report]) -> None:
-    assert {"no edit", "inpaint (keep)", "a refine"} < set(reports[3].data)
+    assert {"no edit", "inpaint (keep)", "a refine"} < set(reports[4].data)
 
 
 def test_contestants_take_turns() -> None:

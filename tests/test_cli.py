@@ -523,7 +523,15 @@ def test_models(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "info", str(model)]) == 0
     assert "licence: cc0-1.0" in capfd.readouterr().out
     assert main(["models", "info", "tiny", "--json"]) == 0
-    assert json.loads(capfd.readouterr().out)["control networks"] == ["canny", "inpaint"]
+    known = json.loads(capfd.readouterr().out)
+    assert known["control networks"] == ["canny", "inpaint"]
+    assert "LoRAs" not in known
+    distilled = model / "lora" / "few" / "diffedit.json"
+    distilled.parent.mkdir(parents=True)
+    distilled.write_text('{"train": "distill", "steps": 4, "guidance": 1.0, "scheduler": "lcm"}')
+    assert main(["models", "info", str(model), "--json"]) == 0
+    known = json.loads(capfd.readouterr().out)
+    assert known["LoRAs"] == {"few": "steps 4, guidance 1.0, scheduler lcm"}
 
 
 # -- arguments -------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffedit import Call, Editor, Pass
 from diffedit.errors import CapabilityError, ModelError, PluginError, UnsafeWeights
+from diffedit.models.lora import USUAL as FILE
 from diffedit_img2img import Img2Img
 from diffedit_lora import LoRA
 from diffedit_style import Style
@@ -150,6 +151,29 @@ def test_none_of_it_changes_nothing(tmp_path: Path) -> None:
     file = file_for(SD, tmp_path)
     editor = SD.editor()
     assert torch.equal(run(editor, LoRA(model=file, weight=0.0)), run(editor))
+
+
+def test_a_models_own_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In ``lora/<name>`` of its folder; a path of that name is written as one."""
+    pipe = SD.pipeline()
+    file = written(tmp_path / "soft.safetensors", additions(pipe))
+    pipe.save_pretrained(tmp_path / "model")
+    own = tmp_path / "model" / "lora" / "soft"
+    own.mkdir(parents=True)
+    (own / FILE).write_bytes(Path(file).read_bytes())
+    editor = Editor.load(tmp_path / "model", device="cpu", dtype="float32")
+    asked = run(editor, LoRA(model="soft"))
+    assert torch.equal(asked, run(editor, LoRA(model=file)))
+    assert not torch.allclose(asked, run(editor), atol=1e-2)
+    monkeypatch.chdir(tmp_path)
+    other = written(tmp_path / "other.safetensors", additions(pipe, seed=1))
+    (tmp_path / "soft").mkdir()
+    (tmp_path / "soft" / FILE).write_bytes(Path(other).read_bytes())
+    assert torch.equal(run(editor, LoRA(model="soft")), asked)
+    assert torch.equal(run(editor, LoRA(model="./soft")), run(editor, LoRA(model=other)))
+    with pytest.raises(ModelError, match=r"^sofd: no such file or folder, and none of.* are soft$"):
+        run(editor, LoRA(model="sofd"))
+    assert torch.equal(run(editor, LoRA(model="other.safetensors")), run(editor, LoRA(model=other)))
 
 
 def test_beside_what_acts_on_attention(tmp_path: Path) -> None:

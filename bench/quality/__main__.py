@@ -185,7 +185,8 @@ def _digest(bench: Bench) -> str:
         for name, tensor in sorted(part.state_dict().items()):
             said.update(name.encode())
             said.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    for path in sorted(Path(bench.source).glob("controlnet/**/*.safetensors")):
+    own = (Path(bench.source).glob(f"{part}/**/*.safetensors") for part in ("controlnet", "lora"))
+    for path in sorted(file for files in own for file in files):
         said.update(path.relative_to(bench.source).as_posix().encode())
         said.update(path.read_bytes())
     return said.hexdigest()[:12]

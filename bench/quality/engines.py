@@ -19,12 +19,14 @@ from bench.quality.autoencoder import reconstruct
 from bench.quality.cases import Case
 from diffedit import Edit, Editor, Pass
 from diffedit.models import control
+from diffedit.models.lora import own_loras
 from diffedit.schedulers import build
 from diffedit.training.judges import Mask
 from diffedit.training.world.backdrops import Pixels
 from diffedit_controlnet import ControlNet
 from diffedit_img2img import Img2Img
 from diffedit_inpaint import Inpaint
+from diffedit_lora import LoRA
 from diffedit_style import Style
 
 MARGIN = 32
@@ -53,7 +55,8 @@ class Bench:
         steps, guidance: of the sampling.
         scheduler: a scheduler's name; None: the model's own.
         native: the side that the model was made for, in pixels.
-        few: the folder of a distillation's result, for the engine that samples in a few steps.
+        few: the folder of a distillation's result, for the engine that samples in a few steps;
+            unless told, the model's own.
         feather: pixels over which diffedit's masks fade: 8 (its default) at 256 px, and in
             proportion.
     """
@@ -68,10 +71,10 @@ class Bench:
         few: Path | None = None,
     ) -> None:
         self.editor, self.steps, self.guidance, self.scheduler = editor, steps, guidance, scheduler
-        self.few = few
         self.native = editor.model.sides[0]
         self.feather = max(1, self.native // 32)
         self.source = str(editor.model.info["source"])
+        self.few = few or own_loras(self.source).get("few")
         self._nets: dict[str, Any] = {}
         self._pipes: dict[str, Any] = {}
 
@@ -135,16 +138,16 @@ class Ours:
         bench = self.bench
         source = None if case.source is None else pictures.source(case, bench.native)
         passes = [
-            Pass(
-                prompt=prompt,
-                steps=bench.steps,
-                guidance=bench.guidance,
-                scheduler=bench.scheduler,
-                edits=tuple(self.edits(case, number)),
-            )
+            Pass(prompt=prompt, edits=tuple(self.edits(case, number)), **self.sampling)
             for number, prompt in enumerate(case.prompts)
         ]
         return np.asarray(bench.editor.run(source, passes, seed=case.seed).pixels)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What a pass is told of its steps."""
+        bench = self.bench
+        return {"steps": bench.steps, "guidance": bench.guidance, "scheduler": bench.scheduler}
 
     def edits(self, case: Case, number: int) -> list[Edit]:
         """What acts in a pass."""
@@ -188,42 +191,28 @@ class Again(Ours):
 
 
 class Few(Ours):
-    """diffedit on the model distilled to a few steps, on what has to keep its quality.
+    """diffedit in four steps, on what has to keep its quality.
 
-    The folder is what `train: distill` writes: a LoRA, and how many steps it is made for.
+    With the LoRA of a distillation, and as it was made for, if there is one.
     """
 
     name: ClassVar[str] = "diffedit, few steps"
 
-    def __init__(self, bench: Bench) -> None:
-        super().__init__(bench)
-        self.whole, self.made = bench, False
-
     def declines(self, case: Case) -> str:
-        if self.whole.few is None or case.category == "chain":
-            return "not asked"
-        return super().declines(case)
+        return "not asked" if case.category == "chain" else super().declines(case)
 
-    def make(self, case: Case) -> Pixels:
-        if not self.made:
-            self.bench, self.made = self._distilled(), True
-        return super().make(case)
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """By the sampler that gives the most in so few steps."""
+        few = super().sampling | {"steps": 4, "scheduler": "unipc"}
+        if self.bench.few is None:
+            return few
+        told = json.loads((self.bench.few / "diffedit.json").read_text("utf-8"))
+        return few | {key: told[key] for key in ("steps", "guidance", "scheduler") if key in told}
 
-    def _distilled(self) -> Bench:
-        whole, few = self.whole, self.whole.few
-        assert few is not None
-        told = json.loads((few / "diffedit.json").read_text("utf-8"))
-        editor = Editor.load(whole.source, device="cpu", dtype="float32")
-        pipe = editor.model.pipe  # type: ignore[attr-defined, unused-ignore]
-        pipe.load_lora_weights(str(few))
-        pipe.fuse_lora()
-        pipe.unload_lora_weights()
-        return Bench(
-            editor,
-            steps=int(told["steps"]),
-            guidance=float(told["guidance"]),
-            scheduler=told.get("scheduler", "lcm"),
-        )
+    def edits(self, case: Case, number: int) -> list[Edit]:
+        distilled = () if self.bench.few is None else (LoRA(model=str(self.bench.few)),)
+        return [*super().edits(case, number), *distilled]
 
 
 class Theirs:

@@ -51,10 +51,10 @@ def rows(found: Sequence[Case], records: Mapping[Key, Record]) -> list[dict[str,
             part = [c for c in found if (c.category, c.group) == (category, group)]
             made += _rows(category, group, part, records)
     asked = [c for c in found if c.category in ("replace", "add")]
-    keep = ("colour", "unasked colour", "shape", "unasked shape")
+    keep: tuple[str, ...] = ("colour", "unasked colour", "shape", "unasked shape")
     made += [r for r in _rows(IN_A_MASK, "", asked, records) if r["measure"] in keep]
     masks = [c for c in found if c.places]
-    keep = ("changed outside", "nothing outside", "seam", "seam, own ground")
+    keep = ("changed outside", "nothing outside", "seam", "seam, own ground", "edge steps")
     made += [r for r in _rows(ALL_MASKS, "", masks, records) if r["measure"] in keep]
     return made
 

@@ -178,9 +178,9 @@ def _mask_measures(case: Case, picture: Pixels, native: int, feather: int) -> Va
     values: Values = {"changed outside": outside, "nothing outside": outside == 0}
     if case.category == "recolour":
         return values  # the mask's edge is the object's own, and is to be seen
-    seam, own = measures.seam_energy(before, picture, where, feather)
-    if np.isfinite(seam):
-        values |= {"seam": seam, "seam, own ground": own}
+    seam = measures.seam_energy(before, picture, where, feather)
+    if np.isfinite(seam.relative):
+        values |= {"seam": seam.relative, "seam, own ground": seam.own, "edge steps": seam.steps}
     return values
 
 

@@ -6,9 +6,11 @@ Pictures are (h, w, 3) uint8 RGB. Nothing here knows who made a picture.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,8 +51,22 @@ _JUST_NOTICEABLE = 1.0
 """Distance in Lab that one just sees; keeps the ratio finite on flat ground."""
 
 
-def seam_energy(before: Pixels, after: Pixels, mask: Mask, feather: int) -> tuple[float, float]:
-    """The seam along the mask's edge, relative to the source's own roughness, and to the result's.
+class Seam(NamedTuple):
+    """What a paste leaves along a mask's edge; see `seam_energy`. NaN: nothing lies outside.
+
+    Attributes:
+        relative: what it adds, relative to the source's own roughness.
+        own: the same, relative to the result's on either side.
+        steps: all steps there, the source's own among them, relative to the source's roughness.
+    """
+
+    relative: float
+    own: float
+    steps: float
+
+
+def seam_energy(before: Pixels, after: Pixels, mask: Mask, feather: int) -> Seam:
+    """The steps along the mask's edge that the source does not have.
 
     Across each contour of the mask's distance, from its edge out to `feather` pixels, take pairs of
     neighbouring pixels a | b, and of each the part of the step that the slopes on either side do
@@ -58,26 +74,30 @@ def seam_energy(before: Pixels, after: Pixels, mask: Mask, feather: int) -> tupl
     are the next pixels on either side. That is the mean (not squared) difference of slope of Minami
     and Zakhor 1995, "An optimization approach for removing blocking effects in transform coding",
     applied to a mask's edge instead of to block borders: a gradient that goes on counts nothing, a
-    step counts in full. The contour with the largest mean is the seam.
+    step counts in full. Of each pair counts by how much that is more than in the source, nothing
+    where it is less: the picture is to stay there what it is, so an untouched one has no seam
+    however rough it is, and a blurred one gains nothing by it. The contour with the largest mean is
+    the seam.
 
-    It is divided by one just noticeable difference plus the same mean over contours a few pixels
-    away: those 4-8 pixels beyond the feather in the source; and, for the second figure, those and
-    the ones 4-8 pixels inside the mask in the result. Near 1 and below where a paste is as smooth
-    as the picture, more where one sees it. The first is below 1 as well where the whole picture
-    came out blurred, which the second does not reward.
-
-    Returns:
-        Both figures; NaN where a mask leaves nothing outside.
+    It is divided by one just noticeable difference plus the mean of all steps over contours a few
+    pixels away: those 4-8 pixels beyond the feather in the source; and, for `Seam.own`, those and
+    the ones 4-8 pixels inside the mask in the result. `Seam.steps` is the first with nothing taken
+    off, which favours what blurs.
     """
     signed = np.where(mask, 1 - distance_transform_edt(mask), distance_transform_edt(~mask))
     made, own = _bends(after), _bends(before)
-    seam = [_across(made, signed, level + 0.5) for level in range(feather + 1)]
+    added = tuple(np.maximum(new - old, 0) for new, old in zip(made, own, strict=True))
     rough = [_across(own, signed, feather + level + 0.5) for level in _AWAY]
-    if not (there := [v for v in seam if np.isfinite(v)]):
-        return float("nan"), float("nan")
     sides = [_across(made, signed, at + 0.5) for k in _AWAY for at in (feather + k, -k)]
-    most = max(there)
-    return most / (_JUST_NOTICEABLE + _mean(rough)), most / (_JUST_NOTICEABLE + _mean(sides))
+    usual, here = _JUST_NOTICEABLE + _mean(rough), _JUST_NOTICEABLE + _mean(sides)
+    most, steps = (_largest(bends, signed, feather) for bends in (added, made))
+    return Seam(most / usual, most / here, steps / usual)
+
+
+def _largest(bends: Sequence[Matrix], signed: Matrix, feather: int) -> float:
+    """The largest mean along a contour from the mask's edge out to the feather's; NaN if none."""
+    means = [_across(bends, signed, level + 0.5) for level in range(feather + 1)]
+    return max((value for value in means if np.isfinite(value)), default=math.nan)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -95,7 +115,7 @@ def _bends(picture: Pixels) -> tuple[Matrix, Matrix]:
     return found[0], found[1]
 
 
-def _across(bends: tuple[Matrix, Matrix], signed: Matrix, level: float) -> float:
+def _across(bends: Sequence[Matrix], signed: Matrix, level: float) -> float:
     """Mean difference of slope over all pairs that a contour of the signed distance parts."""
     inside, found = signed < level, []
     for axis, bend in enumerate(bends):

@@ -88,12 +88,25 @@ def info(model: str, as_json: bool) -> None:
         }
         nets = sorted((folder / "controlnet").glob("*/config.json"))
         found |= {"control networks": [net.parent.name for net in nets]} if nets else {}
+        found |= {"LoRAs": loras} if (loras := _loras(folder)) else {}
     if licence := _licence(folder / "README.md"):
         found["licence"] = licence
     if as_json:
         echo_json(found)
     else:
         echo_tree(found)
+
+
+def _loras(folder: Path) -> dict[str, str]:
+    """A model's own LoRAs by name, each with what is best set with it."""
+    from diffedit.models.files import read_json
+
+    found = {}
+    for file in sorted((folder / "lora").glob("*/diffedit.json")):
+        told = read_json(file)
+        kept = ("steps", "guidance", "scheduler")
+        found[file.parent.name] = ", ".join(f"{key} {told[key]}" for key in kept if key in told)
+    return found
 
 
 def _weights(folder: Path) -> int:

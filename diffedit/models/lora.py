@@ -82,6 +82,33 @@ def components(pipe: Any) -> dict[str, nn.Module]:
 
 
 @torch.inference_mode(False)  # what is read is kept, and may be used outside of it
+def own_loras(source: str) -> dict[str, Path]:
+    """A model's own LoRAs by name: the folders ``lora/<name>`` in the model's own."""
+    found = sorted(Path(source).glob(f"lora/*/{USUAL}"))
+    return {file.parent.name: file.parent for file in found}
+
+
+def meant(source: str, name: str) -> str:
+    """Where a LoRA lies: a model's own has a name, any other is a file, a folder or a hub id.
+
+    Args:
+        source: the model.
+        name: what was asked for.
+
+    Raises:
+        ModelError: one word that is none of these.
+    """
+    own = own_loras(source)
+    if name in own:
+        return str(own[name])
+    if own and "/" not in name and not Path(name).expanduser().exists():
+        raise ModelError(
+            f"{name}: no such file or folder, and none of the model's own LoRAs, which are"
+            f" {', '.join(own)}"
+        )
+    return name
+
+
 def load_lora(
     loaders: Loaders, modules: Mapping[str, nn.Module], source: str, **options: Any
 ) -> LoRA:
@@ -358,4 +385,4 @@ def _seems(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     return None
 
 
-__all__ = ["Additions", "LoRA", "components", "load_lora"]
+__all__ = ["Additions", "LoRA", "components", "load_lora", "meant", "own_loras"]

@@ -24,7 +24,7 @@ from diffedit.images import Picture
 from diffedit.models import control, holding, hub
 from diffedit.models.autoencoder import drawn, grain
 from diffedit.models.compiled import Compiled
-from diffedit.models.lora import Additions, LoRA, components, load_lora
+from diffedit.models.lora import Additions, LoRA, components, load_lora, meant
 from diffedit.models.preview import Look
 from diffedit.models.protocol import ModelInput, Residuals
 from diffedit.models.textual_inversion import Word
@@ -331,9 +331,10 @@ class PipelineModel:
         raise lacking("a textual inversion", ["textual_inversion"], self.capabilities)
 
     def load_lora(self, source: str) -> LoRA:
-        """Read a LoRA; see `models.lora.load_lora`."""
+        """Read a LoRA, the model's own by its name; see `models.lora.load_lora`."""
         loaders: Any = type(self.pipe)
-        return load_lora(loaders, self._additions.modules, source, **self._lora_options())
+        where = meant(self.source, source)
+        return load_lora(loaders, self._additions.modules, where, **self._lora_options())
 
     def _lora_options(self) -> Mapping[str, Any]:
         """What the family's loader wants to be told besides the file."""

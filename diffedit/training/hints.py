@@ -84,36 +84,79 @@ def colour_of(noun: str) -> Pixels:
     return np.array([sum(bit << (7 - k) for k, bit in enumerate(of)) for of in bits], np.uint8)
 
 
-def hole(shape: tuple[int, int], rng: np.random.Generator, masks: Sequence[Floats] = ()) -> Bools:
+def hole(
+    shape: tuple[int, int],
+    rng: np.random.Generator,
+    masks: Sequence[Floats] = (),
+    others: Sequence[Floats] = (),
+) -> Bools:
     """Where a picture is to be made anew, (h, w) bool: as people mask what they edit.
 
-    A third are the outline of a thing, a little grown; a third a square or disc around one; most
-    others a square or disc anywhere; and one in ten is the whole picture.
+    Three in ten are the outline of a thing, a little grown; a quarter a square or disc around one;
+    two in ten such an outline, square or disc where nothing stands, as if a thing had been there
+    that is to go; most others a square or disc anywhere; and one in ten is the whole picture.
 
     Args:
         shape: (h, w).
         rng: what is drawn.
-        masks: of the things in it, (h, w) each; without any, holes are anywhere.
+        masks: of the things that the caption names, (h, w) each; without any, holes are anywhere.
+        others: of those that it does not.
     """
     pick, side = float(rng.random()), min(shape)
-    found = [np.argwhere(mask > 0.5) for mask in masks if (mask > 0.5).any()]
+    found = [mask > 0.5 for mask in masks if (mask > 0.5).any()]
     if pick < 0.1:
         return np.ones(shape, bool)
-    if not found or pick > 0.8:
-        half = rng.uniform(0.12, 0.37) * side
-        middle = rng.uniform(half / 2, np.array(shape) - half / 2)
-        return _around(shape, middle, half, round_=bool(rng.random() < 0.5))
-    thing = int(rng.integers(len(found)))
-    low, high = found[thing].min(axis=0), found[thing].max(axis=0) + 1
-    if pick < 0.45:
-        reach = max(1, round(float(rng.uniform(0.005, 0.05)) * side))
-        outline = np.zeros(shape, np.uint8)
-        outline[tuple(found[thing].T)] = 1
-        disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1))
-        return np.asarray(cv2.dilate(outline, disc) > 0)
+    if found and pick < 0.85:
+        outlined = bool(rng.random() < 0.55)
+        thing = found[int(rng.integers(len(found)))]
+        where = _grown(thing, rng, side) if outlined else _about(thing, rng)
+        if pick < 0.65:
+            return where
+        taken = np.logical_or.reduce([*found, *(mask > 0.5 for mask in others)])
+        if (free := _moved(where, taken, rng)) is not None:
+            return free
+    half = rng.uniform(0.12, 0.37) * side
+    middle = rng.uniform(half / 2, np.array(shape) - half / 2)
+    return _around(shape, middle, half, round_=bool(rng.random() < 0.5))
+
+
+def _grown(thing: Bools, rng: np.random.Generator, side: int) -> Bools:
+    """A thing's outline, and up to a twentieth of the side more."""
+    reach = max(1, round(float(rng.uniform(0.005, 0.05)) * side))
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1))
+    return np.asarray(cv2.dilate(thing.astype(np.uint8), disc) > 0)
+
+
+def _about(thing: Bools, rng: np.random.Generator) -> Bools:
+    """A square or disc around a thing."""
+    places = np.argwhere(thing)
+    low, high = places.min(axis=0), places.max(axis=0) + 1
     half = float((high - low).max()) / 2 * rng.uniform(1.05, 1.5)
     middle = (low + high) / 2 + rng.uniform(-0.1, 0.1, 2) * half
-    return _around(shape, middle, half, round_=bool(rng.random() < 0.5))
+    return _around(thing.shape, middle, half, round_=bool(rng.random() < 0.5))
+
+
+def _moved(where: Bools, taken: Bools, rng: np.random.Generator) -> Bools | None:
+    """A hole somewhere else, off all that is taken; None if no such place is soon found.
+
+    It may be smaller there. Rather at its own height than above or below: what stands on the
+    ground stays on it.
+    """
+    height, width = where.shape
+    places = np.argwhere(where)
+    foot = places.max(axis=0)
+    for _ in range(20):
+        less = rng.uniform(0.4, 1)
+        down = rng.uniform(-0.5, 0.5) ** 3 * 4 * height
+        along = rng.uniform(-1, 1) * width
+        there = foot + less * (places - foot) + (down, along)
+        rows, columns = np.rint(there).astype(int).T
+        inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+        if inside.mean() > 0.7 and not taken[rows[inside], columns[inside]].any():
+            moved = np.zeros_like(where)
+            moved[rows[inside], columns[inside]] = True
+            return moved
+    return None
 
 
 def _around(shape: tuple[int, int], middle: Places, half: float, *, round_: bool) -> Bools:
@@ -154,7 +197,7 @@ class Hinted:
                 f"{source.name}: {kind} hints need the drawn world (data: world) or a 'hint' column"
             )
         self.own = own
-        said = f"hinted 1 {'own' if own else kind} {LOW} {HIGH} {NOUNS} {source.digest}"
+        said = f"hinted 2 {'own' if own else kind} {LOW} {HIGH} {NOUNS} {source.digest}"
         self.digest = hashlib.sha256(said.encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -168,20 +211,23 @@ class Hinted:
             return replace(example, hint=canny(example.image))
         world, number = _unwrapped(self.source, index)
         if not isinstance(world, Drawn):
-            return _holed(self.source[index], index, ())
+            return _holed(self.source[index], index)
         example, drawing = world.drawn(number)
         if self.kind == "inpaint":
             told, masks = drawing.scene.told, drawing.masks
-            about = masks if told is None else masks[told : told + 1]
-            return _holed(example, world.first + number, about)
+            named = [mask for at, mask in enumerate(masks) if told in (None, at)]
+            others = [mask for at, mask in enumerate(masks) if told not in (None, at)]
+            return _holed(example, world.first + number, named, others)
         return replace(example, hint={"depth": depth, "segments": segments}[self.kind](drawing))
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
 
 
-def _holed(example: Example, number: int, masks: Sequence[Floats]) -> Example:
-    where = hole(example.image.shape[:2], np.random.default_rng((_HOLES, number)), masks)
+def _holed(
+    example: Example, number: int, masks: Sequence[Floats] = (), others: Sequence[Floats] = ()
+) -> Example:
+    where = hole(example.image.shape[:2], np.random.default_rng((_HOLES, number)), masks, others)
     hint = np.dstack([example.image, np.uint8(255) * where.astype(np.uint8)])
     return replace(example, hint=hint, weight=where.astype(np.float32))
 

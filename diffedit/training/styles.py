@@ -4,7 +4,7 @@ It looks at statistics of the whole picture, which say what it is made of and no
 histograms of colours, of gradients at four scales, of fine lines (morphological top hats, Serra
 1982), and how gradients lie on the grid of a mosaic. A net with one hidden layer tells from them
 the style. It was fitted to drawn scenes alone, the same scenes in every style, two thirds of them
-through a random blur, noise and change of tone; it has seen neither a model's pictures nor an
+bent, blurred, noisy and changed in tone at random; it has seen neither a model's pictures nor an
 autoencoder's. ``python -m diffedit.training.styles`` fits it again, in a few minutes.
 """
 
@@ -14,6 +14,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -184,14 +185,18 @@ def _shares(places: Tensor, count: int) -> Tensor:
 
 
 def drawn(style: str, count: int, seed: int, side: int = SIDE) -> list[Pixels]:
-    """Scenes of the rich world in one style, all with something in them: (side, side, 3) each."""
-    source = Drawn({"rich": 0.7, "simple": 0.3}, 8 * count + 64, side, seed=seed, style=style)
+    """Scenes in one style, sparse ones and full ones, all with something in them.
+
+    Returns:
+        ``count`` pictures, (side, side, 3) uint8.
+    """
+    source = Drawn({"rich": 0.4, "simple": 0.6}, 8 * count + 64, side, seed=seed, style=style)
     scenes = (source.scene(index) for index in range(len(source)))
-    chosen = [scene for scene in scenes if scene.things][:count]
-    return [render(scene, side).image for scene in chosen]
+    there = islice((scene for scene in scenes if scene.things), count)
+    return [render(scene, side).image for scene in there]
 
 
-def fit(count: int, seed: int = 0, steps: int = 3000) -> StyleJudge:
+def fit(count: int, seed: int = 0, steps: int = 4000) -> StyleJudge:
     """A judge fitted to ``count`` scenes in every style; the same for the same arguments.
 
     Every second scene is drawn at twice the size and scaled down: its lines are softer.
@@ -230,9 +235,9 @@ def fitted(rows: Tensor, labels: Tensor, *, seed: int, steps: int) -> StyleJudge
 
 
 def _worn(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures a little blurred, noisy (most so along edges) and of another tone.
+    """Pictures a little bent, blotched, blurred, noisy (most so along edges) and of another tone.
 
-    Roughly what an autoencoder does to a picture, whichever it is.
+    Roughly what drawing from noise and an autoencoder do to a picture, whichever they are.
     """
 
     def normal(*shape: int) -> Tensor:
@@ -241,7 +246,19 @@ def _worn(pixels: Tensor, generator: torch.Generator) -> Tensor:
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator)
 
-    made = pixels.clone()
+    def clouds(channels: int, cells: int) -> Tensor:
+        field = normal(len(pixels), channels, cells, cells)
+        return functional.interpolate(field, (SIDE, SIDE), mode="bicubic")
+
+    # Lines waver by up to about two pixels, over stretches of eight.
+    away = 3.2 / SIDE * uniform(len(pixels), 1, 1, 1) * clouds(2, 16)
+    straight = functional.affine_grid(
+        torch.eye(2, 3).expand(len(pixels), -1, -1), list(pixels.shape), align_corners=False
+    )
+    bent = straight + away.permute(0, 2, 3, 1)
+    made = functional.grid_sample(pixels, bent, padding_mode="border", align_corners=False)
+    made = made + 0.04 * uniform(len(pixels), 1, 1, 1) * clouds(3, 8)
+    made = (made + 0.03 * uniform(len(pixels), 1, 1, 1) * clouds(3, 32)).clamp(0, 1)
     for part in range(4):
         if (width := 1.2 * float(uniform(1))) > 0.25:
             made[part::4] = _blurred(made[part::4], width)
@@ -270,7 +287,7 @@ def accuracy(found: StyleJudge, count: int, side: int = SIDE) -> dict[str, float
     return rates
 
 
-def main(count: int = 500) -> None:
+def main(count: int = 1000) -> None:
     """Fit the judge, write it, and say how good it is."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     made = fit(count)

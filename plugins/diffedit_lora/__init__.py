@@ -20,7 +20,7 @@ class LoRA(Edit):
     needs: ClassVar[frozenset[str]] = frozenset({"lora"})
 
     model: str = Field(
-        description="Folder, .safetensors file or hub id of the additions",
+        description="Folder, .safetensors file or hub id; or the name of one of the model's own",
         min_length=1,
         max_length=4096,
         json_schema_extra={"format": "model"},

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.ndimage import gaussian_filter
 from skimage.color import rgb2lab
 
 from bench.quality import intervals, measures
@@ -45,18 +46,32 @@ def test_a_step_on_flat_ground_is_its_height_in_lab() -> None:
     after = before.copy()
     after[mask] = 160
     height = float(np.linalg.norm(rgb2lab(after)[30, 30] - rgb2lab(before)[0, 0]))
-    seam, own = measures.seam_energy(before, after, mask, 0)
-    assert seam == pytest.approx(height, rel=1e-6)  # flat: divided by one noticeable difference
-    assert own == pytest.approx(height, rel=1e-6)
+    seam = measures.seam_energy(before, after, mask, 0)
+    # Flat: divided by one noticeable difference, and the source has no step of its own.
+    assert seam == pytest.approx((height, height, height), rel=1e-6)
 
 
 def test_a_slope_that_goes_on_is_no_seam() -> None:
     ramp = grey(np.broadcast_to(np.arange(64) * 3 + 20, (64, 64)))
     mask = square(64, 20, 44)
-    assert measures.seam_energy(ramp, ramp, mask, 2)[0] < 0.3
+    assert measures.seam_energy(ramp, ramp, mask, 2).steps < 0.3
     shifted = ramp.copy()
     shifted[mask] += 12
-    assert measures.seam_energy(ramp, shifted, mask, 2)[0] > 2
+    assert measures.seam_energy(ramp, shifted, mask, 2).relative > 2
+
+
+def test_rough_ground_left_as_it_is_or_blurred_is_no_seam() -> None:
+    rng = np.random.default_rng(0)
+    rough, mask = grey(rng.integers(60, 200, (64, 64))), square(64, 20, 44)
+    untouched = measures.seam_energy(rough, rough, mask, 4)
+    assert untouched[:2] == (0, 0)
+    assert untouched.steps > 0.9  # all of it the source's own
+    blurred = gaussian_filter(rough, (1.5, 1.5, 0))
+    away = measures.seam_energy(rough, blurred, mask, 4)
+    assert away.steps < untouched.steps / 3  # which is why there is no gate on these
+    assert away.relative < 0.1
+    blurred[mask] = 255 - blurred[mask] // 3
+    assert measures.seam_energy(rough, blurred, mask, 4).relative > 5 * away.relative
 
 
 def test_a_blurred_edge_is_less_of_a_seam_and_rough_ground_hides_one() -> None:
@@ -65,17 +80,17 @@ def test_a_blurred_edge_is_less_of_a_seam_and_rough_ground_hides_one() -> None:
     hard = np.where(mask, 180.0, flat)
     away = np.abs(np.indices((64, 64)) - 31.5).max(axis=0) - 12
     soft = 120 + 60 * np.clip(0.5 - away / 8, 0, 1)
-    sharp = measures.seam_energy(grey(flat), grey(hard), mask, 4)[0]
-    assert measures.seam_energy(grey(flat), grey(soft), mask, 4)[0] < sharp / 4
+    sharp = measures.seam_energy(grey(flat), grey(hard), mask, 4).relative
+    assert measures.seam_energy(grey(flat), grey(soft), mask, 4).relative < sharp / 4
     noise = rng.integers(-40, 41, (64, 64))
-    rough = measures.seam_energy(grey(flat + noise), grey(hard + noise), mask, 4)[0]
+    rough = measures.seam_energy(grey(flat + noise), grey(hard + noise), mask, 4).relative
     assert rough < sharp / 4
 
 
 def test_a_mask_over_everything_has_no_seam() -> None:
     picture = grey(np.zeros((32, 32)))
     everything = np.ones((32, 32), np.bool_)
-    assert math.isnan(measures.seam_energy(picture, picture, everything, 2)[0])
+    assert all(map(math.isnan, measures.seam_energy(picture, picture, everything, 2)))
 
 
 # --- structure ------------------------------------------------------------------------------------
