@@ -206,7 +206,7 @@ def nothing(model: str, settings: Settings) -> Report:
     race([ours, peer, again], settings.rounds)
     found, noise = ratios(ours, peer), ratios(again, peer)
     targets = [_not_slower("diffedit takes no longer than diffusers", found)]
-    if model == "tiny" and settings.steps == 20:
+    if model == "tiny" and settings.steps == 20 and torch.get_num_threads() <= 2:
         took = median(ours.seconds)
         says = "20 steps of the embedded model at 256 px take ≤ 2 s on two cores"
         targets.append(Target(says, f"{took:.2f} s", took <= 2))

@@ -197,12 +197,24 @@ class Canvas:
         width, height = self.frame.content
         return self._resize(decoded[..., :height, :width], self.frame.region.size)
 
-    def toned(self, pixels: Tensor, alpha: Tensor) -> Tensor:
+    def toned(self, pixels: Tensor, mask: Tensor, alpha: Tensor, grid: int) -> Tensor:
         """Decoded pixels ``(b, 3, height, width)`` of the region, in the tone of what is around.
 
-        `alpha` is what they are to be pasted with; see `tone.matched`.
+        That is what neither shows when they are pasted nor was made: a latent cell is made as a
+        whole, wherever the mask's edge goes through it. See `tone.matched`.
+
+        Args:
+            pixels: in [0, 1].
+            mask: ``(1 or b, 1, H, W)``, where latents were to change.
+            alpha: ``(1 or b, 1, H, W)``, as for `pasted`.
+            grid: pixels per latent cell.
         """
-        return tone.matched(pixels.float(), self.region_pixels, self._crop(alpha))
+        width, height = self.frame.content
+        freed = (self.mask_to_latent(mask, grid) > 0).to(alpha.dtype)
+        freed = F.interpolate(freed, scale_factor=grid)[..., :height, :width]
+        freed = F.interpolate(freed, self.region_pixels.shape[-2:])
+        made = torch.maximum(freed, self._crop(alpha))
+        return tone.matched(pixels.float(), self.region_pixels, made)
 
     def pasted(self, pixels: Tensor, alpha: Tensor | None) -> Canvas:
         """Put new pixels into the region.

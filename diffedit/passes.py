@@ -303,8 +303,9 @@ class _Trip:
                     "decoding gave values that are not finite: try dtype bfloat16 or float32"
                 )
             pixels = canvas.to_region(decoded)
-            if self.merged.alpha is not None and not self.run.compat:
-                pixels = canvas.toned(pixels, self.merged.alpha)
+            mask, alpha = masks
+            if mask is not None and alpha is not None and not going_on and not self.run.compat:
+                pixels = canvas.toned(pixels, mask, alpha, self.model.cell)
             self._lap("decode")
         for part in self.merged.finish:
             pixels = self.guard.call(

@@ -13,55 +13,60 @@ from torch import Tensor
 _CELL = 8
 """Pixels to a side over which differences are averaged: what is finer is texture, not tone."""
 
+_LARGEST = 0.12
+"""From here on a difference, of values in [0, 1], is a thing and no tone."""
+
 _TINY = 1e-9
 """Keeps a mean of nothing finite."""
 
-_PLAUSIBLE = 0.06
-"""A difference this large, of values in [0, 1], counts a quarter: an autoencoder's are smaller."""
 
+def matched(new: Tensor, old: Tensor, made: Tensor) -> Tensor:
+    """`new` with the tone of `old`: what separates them around what was made is taken out of it.
 
-def matched(new: Tensor, old: Tensor, part: Tensor) -> Tensor:
-    """`new` with the tone of `old`: what separates them around the mask is taken out within.
-
-    Where nothing is to change, `new` is `old` through the autoencoder, so their difference there is
-    the autoencoder's own. Its low frequencies are carried into the mask smoothly, as by a membrane
-    in the seamless cloning of Pérez et al. 2003 (here by pull-push: Gortler et al. 1996, "The
-    Lumigraph", section 3.4), and added. Large differences count little: they are things that reach
-    over the edge, not tone (weights of Geman and McClure 1987).
+    Elsewhere `new` is `old` through the autoencoder, so that their difference there is the
+    autoencoder's own. Its low frequencies are carried inwards smoothly, as by a membrane in the
+    seamless cloning of Pérez et al. 2003 (here by pull-push: Gortler et al. 1996, "The Lumigraph"),
+    and added. Large differences do not count: they are things that reach over the edge (Tukey's
+    biweight: Beaton and Tukey 1974).
 
     Args:
         new: ``(b, 3, h, w)`` in [0, 1], decoded.
         old: ``(1 or b, 3, h, w)`` in [0, 1], the picture as it was.
-        part: ``(1 or b, 1, h, w)``, 0 where nothing is to change.
+        made: ``(1 or b, 1, h, w)``, 0 where nothing was made.
 
     Returns:
-        ``(b, 3, h, w)``, not clamped; `new` itself if all of it is to change, or nothing is.
+        ``(b, 3, h, w)`` in [0, 1]; `new` itself if all of it was made, or nothing.
     """
-    known = (part == 0).to(new.dtype)
+    known = (made == 0).to(new.dtype)
     if known.all() or not known.any():
         return new
-    away = old - new
-    weight = known / (1 + (away.abs().amax(dim=1, keepdim=True) / _PLAUSIBLE).square()).square()
-    weight = weight.expand(len(away), -1, -1, -1)
-    shares = _pooled(weight, _CELL)
-    means = _pooled(away * weight, _CELL) / shares.clamp_min(_TINY)
-    return new + F.interpolate(_filled(means, shares), new.shape[-2:], mode="bilinear")
+    shares = _pooled(known, _CELL)
+    means = _pooled((old - new) * known, _CELL) / shares.clamp_min(_TINY)
+    size = means.abs().amax(dim=1, keepdim=True) / _LARGEST
+    weights = shares * (1 - size.square()).clamp_min(0).square()
+    return (new + _grown(_filled(means, weights), _CELL, new)).clamp(0, 1)
 
 
-def _pooled(values: Tensor, size: int) -> Tensor:
-    return F.avg_pool2d(values, size, ceil_mode=True, count_include_pad=False)
-
-
-def _filled(values: Tensor, weight: Tensor) -> Tensor:
+def _filled(values: Tensor, weights: Tensor) -> Tensor:
     """Each value as far as its weight goes; the rest is what stands around it, 0 where nothing is.
 
     Args:
         values: ``(b, c, h, w)``, with weights ``(b, 1, h, w)`` in [0, 1].
     """
     around = torch.zeros_like(values)
-    if max(weight.shape[-2:]) > 1:
-        shares = _pooled(weight, 2)
-        coarse = _pooled(values * weight, 2) / shares.clamp_min(_TINY)
-        coarse = _filled(coarse, (4 * shares).clamp_max(1))
-        around = F.interpolate(coarse, weight.shape[-2:], mode="bilinear")
-    return torch.lerp(around, values, weight.expand_as(values))
+    if max(values.shape[-2:]) > 1:
+        shares = _pooled(weights, 2)
+        coarse = _pooled(values * weights, 2) / shares.clamp_min(_TINY)
+        # Four cells in one: a coarse one is known where a single fine one is.
+        around = _grown(_filled(coarse, (4 * shares).clamp_max(1)), 2, values)
+    return torch.lerp(around, values, weights.expand_as(values))
+
+
+def _pooled(values: Tensor, size: int) -> Tensor:
+    return F.avg_pool2d(values, size, ceil_mode=True, count_include_pad=False)
+
+
+def _grown(values: Tensor, size: int, like: Tensor) -> Tensor:
+    """Undo `_pooled`, smoothly; the last cells may reach beyond the edge."""
+    height, width = like.shape[-2:]
+    return F.interpolate(values, scale_factor=size, mode="bilinear")[..., :height, :width]

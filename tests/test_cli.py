@@ -16,7 +16,9 @@ from typing import Any
 import click
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from diffedit import Pass, Workflow, hookimpl
 from diffedit import plugins as installed
@@ -528,6 +530,7 @@ def test_models(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "LoRAs" not in known
     distilled = model / "lora" / "few" / "diffedit.json"
     distilled.parent.mkdir(parents=True)
+    save_file({"a": torch.zeros(1)}, distilled.with_name("pytorch_lora_weights.safetensors"))
     distilled.write_text('{"train": "distill", "steps": 4, "guidance": 1.0, "scheduler": "lcm"}')
     assert main(["models", "info", str(model), "--json"]) == 0
     known = json.loads(capfd.readouterr().out)

@@ -171,7 +171,7 @@ def test_a_models_own_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "soft" / FILE).write_bytes(Path(other).read_bytes())
     assert torch.equal(run(editor, LoRA(model="soft")), asked)
     assert torch.equal(run(editor, LoRA(model="./soft")), run(editor, LoRA(model=other)))
-    with pytest.raises(ModelError, match=r"^sofd: no such file or folder, and none of.* are soft$"):
+    with pytest.raises(ModelError, match=r"^sofd: no such file or folder"):
         run(editor, LoRA(model="sofd"))
     assert torch.equal(run(editor, LoRA(model="other.safetensors")), run(editor, LoRA(model=other)))
 

@@ -40,6 +40,7 @@ from bench.quality.engines import ENGINES, Bench, Engine
 from bench.quality.figures import Key
 from bench.quality.judging import judge, style_judge
 from diffedit import Editor
+from diffedit.models.lora import USUAL, own_loras
 from diffedit.training import card
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -123,6 +124,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _bench(options: argparse.Namespace) -> Bench:
     warnings.filterwarnings("ignore", message="The configuration file of this scheduler")
     editor = Editor.load(options.model, device="cpu", dtype="float32")
+    few = options.few or own_loras(str(editor.model.info["source"])).get("few")
+    if options.lora is not None and few is not None:
+        raise SystemExit(f"bench.quality: --lora beside {few}: one LoRA at a time is measured")
     if options.lora is not None:
         editor.model.pipe.load_lora_weights(str(options.lora))  # type: ignore[attr-defined, unused-ignore]
     return Bench(
@@ -130,7 +134,7 @@ def _bench(options: argparse.Namespace) -> Bench:
         steps=options.steps,
         guidance=options.guidance,
         scheduler=options.scheduler,
-        few=options.few,
+        few=few,
     )
 
 
@@ -185,9 +189,10 @@ def _digest(bench: Bench) -> str:
         for name, tensor in sorted(part.state_dict().items()):
             said.update(name.encode())
             said.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    own = (Path(bench.source).glob(f"{part}/**/*.safetensors") for part in ("controlnet", "lora"))
-    for path in sorted(file for files in own for file in files):
-        said.update(path.relative_to(bench.source).as_posix().encode())
+    beside = sorted(Path(bench.source).glob("controlnet/**/*.safetensors"))
+    beside += [] if bench.few is None else [bench.few / USUAL, bench.few / "diffedit.json"]
+    for path in beside:
+        said.update("/".join(path.parts[-3:]).encode())
         said.update(path.read_bytes())
     return said.hexdigest()[:12]
 

@@ -19,7 +19,6 @@ from bench.quality.autoencoder import reconstruct
 from bench.quality.cases import Case
 from diffedit import Edit, Editor, Pass
 from diffedit.models import control
-from diffedit.models.lora import own_loras
 from diffedit.schedulers import build
 from diffedit.training.judges import Mask
 from diffedit.training.world.backdrops import Pixels
@@ -55,8 +54,7 @@ class Bench:
         steps, guidance: of the sampling.
         scheduler: a scheduler's name; None: the model's own.
         native: the side that the model was made for, in pixels.
-        few: the folder of a distillation's result, for the engine that samples in a few steps;
-            unless told, the model's own.
+        few: the folder of a distillation's result, for the engine that samples in a few steps.
         feather: pixels over which diffedit's masks fade: 8 (its default) at 256 px, and in
             proportion.
     """
@@ -74,7 +72,7 @@ class Bench:
         self.native = editor.model.sides[0]
         self.feather = max(1, self.native // 32)
         self.source = str(editor.model.info["source"])
-        self.few = few or own_loras(self.source).get("few")
+        self.few = few
         self._nets: dict[str, Any] = {}
         self._pipes: dict[str, Any] = {}
 
@@ -211,7 +209,8 @@ class Few(Ours):
         return few | {key: told[key] for key in ("steps", "guidance", "scheduler") if key in told}
 
     def edits(self, case: Case, number: int) -> list[Edit]:
-        distilled = () if self.bench.few is None else (LoRA(model=str(self.bench.few)),)
+        few = self.bench.few
+        distilled = () if few is None else (LoRA(model=str(few.resolve())),)
         return [*super().edits(case, number), *distilled]
 
 

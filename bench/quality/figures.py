@@ -287,6 +287,7 @@ def _against(found: Figures) -> list[dict[str, Any]]:
     made = []
     for peer in ("diffusers", "diffusers, crop"):
         for measure in ("seam", "seam, own ground"):
+            # Not "edge steps": less of them than the source has is not better.
             row = _row(found, ALL_MASKS, "", measure)
             if row and (gap := row.get("ours minus theirs", {}).get(peer)):
                 made.append(_compared(f"{measure} minus {peer}'s", gap, lower=True))

@@ -55,7 +55,7 @@ class Seam(NamedTuple):
     """What a paste leaves along a mask's edge; see `seam_energy`. NaN: nothing lies outside.
 
     Attributes:
-        relative: what it adds, relative to the source's own roughness.
+        relative: what it adds to the source's steps, relative to the source's own roughness.
         own: the same, relative to the result's on either side.
         steps: all steps there, the source's own among them, relative to the source's roughness.
     """
@@ -74,10 +74,10 @@ def seam_energy(before: Pixels, after: Pixels, mask: Mask, feather: int) -> Seam
     are the next pixels on either side. That is the mean (not squared) difference of slope of Minami
     and Zakhor 1995, "An optimization approach for removing blocking effects in transform coding",
     applied to a mask's edge instead of to block borders: a gradient that goes on counts nothing, a
-    step counts in full. Of each pair counts by how much that is more than in the source, nothing
-    where it is less: the picture is to stay there what it is, so an untouched one has no seam
-    however rough it is, and a blurred one gains nothing by it. The contour with the largest mean is
-    the seam.
+    step counts in full. Of each contour counts by how much its mean is more than in the source,
+    where it is: the picture is to stay there what it is, so that an untouched one has no seam
+    however rough it is. The contour with the largest difference is the seam. (A picture that is
+    blurred everywhere has none on rough ground either; what it lost there, this does not say.)
 
     It is divided by one just noticeable difference plus the mean of all steps over contours a few
     pixels away: those 4-8 pixels beyond the feather in the source; and, for `Seam.own`, those and
@@ -86,18 +86,16 @@ def seam_energy(before: Pixels, after: Pixels, mask: Mask, feather: int) -> Seam
     """
     signed = np.where(mask, 1 - distance_transform_edt(mask), distance_transform_edt(~mask))
     made, own = _bends(after), _bends(before)
-    added = tuple(np.maximum(new - old, 0) for new, old in zip(made, own, strict=True))
+    levels = [level + 0.5 for level in range(feather + 1)]
+    steps = np.array([_across(made, signed, level) for level in levels])
+    added = np.maximum(steps - [_across(own, signed, level) for level in levels], 0)
+    if not np.isfinite(added).any():
+        return Seam(math.nan, math.nan, math.nan)
     rough = [_across(own, signed, feather + level + 0.5) for level in _AWAY]
     sides = [_across(made, signed, at + 0.5) for k in _AWAY for at in (feather + k, -k)]
     usual, here = _JUST_NOTICEABLE + _mean(rough), _JUST_NOTICEABLE + _mean(sides)
-    most, steps = (_largest(bends, signed, feather) for bends in (added, made))
-    return Seam(most / usual, most / here, steps / usual)
-
-
-def _largest(bends: Sequence[Matrix], signed: Matrix, feather: int) -> float:
-    """The largest mean along a contour from the mask's edge out to the feather's; NaN if none."""
-    means = [_across(bends, signed, level + 0.5) for level in range(feather + 1)]
-    return max((value for value in means if np.isfinite(value)), default=math.nan)
+    most = float(np.nanmax(added))
+    return Seam(most / usual, most / here, float(np.nanmax(steps)) / usual)
 
 
 def _mean(values: Sequence[float]) -> float:

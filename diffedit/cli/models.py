@@ -98,14 +98,15 @@ def info(model: str, as_json: bool) -> None:
 
 
 def _loras(folder: Path) -> dict[str, str]:
-    """A model's own LoRAs by name, each with what is best set with it."""
+    """A model's own LoRAs by name, each with what it says is to be set with it."""
     from diffedit.models.files import read_json
+    from diffedit.models.lora import own_loras
 
     found = {}
-    for file in sorted((folder / "lora").glob("*/diffedit.json")):
-        told = read_json(file)
+    for name, own in own_loras(str(folder)).items():
+        told = read_json(about) if (about := own / "diffedit.json").is_file() else {}
         kept = ("steps", "guidance", "scheduler")
-        found[file.parent.name] = ", ".join(f"{key} {told[key]}" for key in kept if key in told)
+        found[name] = ", ".join(f"{key} {told[key]}" for key in kept if key in told)
     return found
 
 

@@ -81,7 +81,6 @@ def components(pipe: Any) -> dict[str, nn.Module]:
     return {name: module for name, module in found.items() if module is not None}
 
 
-@torch.inference_mode(False)  # what is read is kept, and may be used outside of it
 def own_loras(source: str) -> dict[str, Path]:
     """A model's own LoRAs by name: the folders ``lora/<name>`` in the model's own."""
     found = sorted(Path(source).glob(f"lora/*/{USUAL}"))
@@ -94,21 +93,11 @@ def meant(source: str, name: str) -> str:
     Args:
         source: the model.
         name: what was asked for.
-
-    Raises:
-        ModelError: one word that is none of these.
     """
-    own = own_loras(source)
-    if name in own:
-        return str(own[name])
-    if own and "/" not in name and not Path(name).expanduser().exists():
-        raise ModelError(
-            f"{name}: no such file or folder, and none of the model's own LoRAs, which are"
-            f" {', '.join(own)}"
-        )
-    return name
+    return str(own_loras(source).get(name, name))
 
 
+@torch.inference_mode(False)  # what is read is kept, and may be used outside of it
 def load_lora(
     loaders: Loaders, modules: Mapping[str, nn.Module], source: str, **options: Any
 ) -> LoRA:

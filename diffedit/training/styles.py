@@ -250,7 +250,7 @@ def _worn(pixels: Tensor, generator: torch.Generator) -> Tensor:
         field = normal(len(pixels), channels, cells, cells)
         return functional.interpolate(field, (SIDE, SIDE), mode="bicubic")
 
-    # Lines waver by up to about two pixels, over stretches of eight.
+    # Lines waver by up to about four pixels, mostly by one, over stretches of eight.
     away = 3.2 / SIDE * uniform(len(pixels), 1, 1, 1) * clouds(2, 16)
     straight = functional.affine_grid(
         torch.eye(2, 3).expand(len(pixels), -1, -1), list(pixels.shape), align_corners=False

@@ -16,7 +16,7 @@ class LoRA(Edit):
     """Draw as low-rank additions to the weights have it. Any number may act; they are summed."""
 
     name: ClassVar[str] = "lora"
-    version: ClassVar[str] = "1.0.0"
+    version: ClassVar[str] = "1.1.0"
     needs: ClassVar[frozenset[str]] = frozenset({"lora"})
 
     model: str = Field(

@@ -259,3 +259,9 @@ def test_a_distillation_is_run_with_its_own_steps(bench: Bench, tmp_path: Path) 
     as_told = Bench(bench.editor, steps=2, guidance=1.0, scheduler="ddim")
     assert np.array_equal(few.make(case), Ours(as_told).make(case))
     assert not np.array_equal(few.make(case), Ours(bench).make(case))
+    for name, layer in layers.items():
+        if "lora_B" in name:
+            layer.normal_(generator=torch.Generator().manual_seed(0))
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers)
+    changed = Few(Bench(Editor.load(device="cpu", dtype="float32"), few=tmp_path)).make(case)
+    assert not np.array_equal(changed, Ours(as_told).make(case))
