@@ -138,7 +138,10 @@ def history(out: Path) -> dict[str, Any]:
     for key in ("out", "device", "save_minutes", "sample_every", "validate_every", "prompts"):
         told.pop(key, None)
     data = told.get("data", {})
-    for place, key in ((told, "model"), (data, "folder"), (data, "captions")):
+    for place, key in (
+        *((told, "model"), (told, "start")),
+        *((data, "folder"), (data, "captions")),
+    ):
         if place.get(key):
             place[key] = Path(place[key]).name
     return {
