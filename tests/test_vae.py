@@ -198,6 +198,8 @@ def test_one_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "text.safetensors").write_text("nothing", "utf-8")
     save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
     refused(model, tmp_path / "modle", "no such folder or file.*did you mean 'model'")
+    (tmp_path / "modles").mkdir()  # nothing that could be meant
+    refused(model, tmp_path / "modle", "no such folder or file.*did you mean 'model'")
     refused(model, tmp_path / "empty", "empty")
     refused(model, tmp_path / "text.safetensors", "not a readable .safetensors file")
     refused(model, tmp_path / "a.safetensors", "a.safetensors: (cannot be loaded|is no autoenc)")

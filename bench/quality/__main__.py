@@ -266,10 +266,24 @@ def _chosen(bench: Bench, options: argparse.Namespace) -> list[Engine]:
     return [ENGINES[name.strip()](bench) for name in names]
 
 
+def shared(found: Sequence[Case], number: int, workers: int) -> list[Case]:
+    """The cases of one process: of each group as many as the others get, give or take two.
+
+    Groups take times of their own, and of each two neighbours in a group one has more engines.
+    """
+    turns, mine = Counter[tuple[str, str]](), []
+    for case in found:
+        group = case.category, case.group
+        if turns[group] // 2 % workers == number:
+            mine.append(case)
+        turns[group] += 1
+    return mine
+
+
 def _work(bench: Bench, options: argparse.Namespace, number: int, workers: int) -> None:
-    """Make and judge the pictures of every `workers`-th case that are not there yet."""
+    """Make and judge this process's share of the pictures that are not there yet."""
     torch.set_num_threads(max(1, options.threads // workers))
-    found = sets.balanced(sets.cases(), options.limit)[number::workers]
+    found = shared(sets.balanced(sets.cases(), options.limit), number, workers)
     done = set(_records(options.out))
     engines = _chosen(bench, options)
     todo = [

@@ -35,6 +35,11 @@ def drawn(made: Any, generator: torch.Generator | None = None) -> Tensor:
     return cast(Tensor, posterior.mode() if generator is None else posterior.sample(generator))
 
 
+def _may_hold(folder: Path) -> bool:
+    """Whether an autoencoder's settings are there, or a model's."""
+    return any((folder / part / "config.json").is_file() for part in ("", "vae"))
+
+
 def load_autoencoder(source: str, model: str, config: str | None, dtype: torch.dtype) -> Any:
     """Load an autoencoder for a model that comes with another.
 
@@ -62,7 +67,8 @@ def load_autoencoder(source: str, model: str, config: str | None, dtype: torch.d
     if (path / "vae" / "config.json").is_file() and not (path / "config.json").is_file():
         path = path / "vae"
     if not path.is_dir() and not hub.could_be(str(path)):
-        there = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+        beside = path.parent.iterdir() if path.parent.is_dir() else ()
+        there = [one.name for one in beside if one.suffix == ".safetensors" or _may_hold(one)]
         raise ModelError(f"{source}: no such folder or file{nearest(path.name, there)}")
     name, takes = loading.network_class(str(path)), str(own.get("_class_name"))
     if name not in (takes, SMALL.get(takes)):

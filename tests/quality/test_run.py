@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 
 from bench.quality import __main__ as command
 from bench.quality import pictures
-from bench.quality.cases import Case, cases
+from bench.quality.cases import Case, balanced, cases
 from bench.quality.engines import ENGINES, Bench, Few, Ours, Theirs
 from diffedit import Editor
 
@@ -265,3 +266,15 @@ def test_a_distillation_is_run_with_its_own_steps(bench: Bench, tmp_path: Path) 
     StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers)
     changed = Few(Bench(Editor.load(device="cpu", dtype="float32"), few=tmp_path)).make(case)
     assert not np.array_equal(changed, Ours(as_told).make(case))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_processes_share_every_kind_of_work(workers: int) -> None:
+    found = balanced(cases(), 500)
+    shares = [command.shared(found, number, workers) for number in range(workers)]
+    assert sorted(case.id for share in shares for case in share) == sorted(c.id for c in found)
+    for group, count in Counter((c.category, c.group) for c in found).items():
+        each = [sum((c.category, c.group) == group for c in share) for share in shares]
+        assert max(each) <= count / workers + 2
+    peers = [sum(c.lot % 2 == 0 for c in share) for share in shares]  # asked for every second one
+    assert max(peers) < 1.5 * min(peers)
