@@ -172,3 +172,22 @@ def test_a_pass_without_a_mask_keeps_its_colours() -> None:
     editor.run(grey, Pass(prompt="a", steps=2, edits=edits), seed=0)
     made = editor.run(grey, Pass(prompt="a", steps=2, edits=edits[:1]), seed=0)
     assert np.array_equal((seen[0][0].permute(1, 2, 0) * 255).round().numpy(), made.pixels)
+
+
+@pytest.mark.parametrize(("stop", "compat"), [(1.0, False), (0.5, False), (1.0, True)])
+def test_only_what_is_finished_and_ours(
+    stop: float, compat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture with noise in it has no tone yet, and in compat mode pixels are diffusers'."""
+    asked: list[Tensor] = []
+
+    def watched(new: Tensor, old: Tensor, made: Tensor) -> Tensor:
+        asked.append(made)
+        return new
+
+    monkeypatch.setattr(tone, "matched", watched)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[16:48, 16:48] = 255
+    pass_ = Pass(prompt="a", steps=2, stop=stop, edits=(Inpaint(mask=mask),))
+    SD.editor().run(np.full((64, 64, 3), 128, np.uint8), pass_, seed=0, compat=compat)
+    assert len(asked) == (stop == 1 and not compat)
