@@ -396,7 +396,9 @@ WORDS: Texts = {
         "The picture that the model is shown": "给模型看的图片",
         "White where it acts; none: everywhere. Of the size of the result": "白色处起作用；留空则处处起作用。大小与结果相同",
         "Folder of the image encoder it was trained with; none: image_encoder beside the file": "训练时所用图像编码器的文件夹；留空则用文件旁的 image_encoder",
-        "Folder, .safetensors file or hub id of the additions": "低秩附加权重的文件夹、.safetensors 文件或编号",
+        "Folder, .safetensors file or hub id; or the name of one of the model's own": (
+            "低秩附加权重的文件夹、.safetensors 文件或编号，或模型自带的名称"
+        ),
         "How much of them is added; below 0 it is taken away": "附加的强度；小于 0 则为减去",
         "Token": "词",
         "Folder, .safetensors file or hub id of the word": "此词的文件夹、.safetensors 文件或编号",
