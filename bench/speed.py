@@ -169,21 +169,12 @@ def img2img(model: str, settings: Settings) -> Report:
     image = photograph(side)
     pass_ = _pass(settings, Img2Img(strength=STRENGTH))
 
-    def theirs() -> Image.Image:
-        return _theirs(pipe, settings, image=image, strength=STRENGTH)
-
-    ours = Contestant("diffedit", lambda: made.run(image, pass_, seed=SEED).image, pipe)
-    peer = Contestant("diffusers", theirs, pipe)
-    again = Contestant("diffusers again", theirs, pipe)
-    race([ours, peer, again], settings.rounds)
-    found, noise = ratios(ours, peer), ratios(again, peer)
-    return _raced(
+    return _beside(
         f"img2img: strength {STRENGTH}, all {side}×{side}, {_called(made, model)},"
         f" {settings.steps} steps",
-        [ours, peer, again],
-        [_not_slower("diffedit takes no longer than diffusers", found)],
-        [*found, *noise],
-        [f"noise: diffusers against itself {noise}"],
+        Contestant("diffedit", _run(made, image, pass_), pipe),
+        lambda: _theirs(pipe, settings, image=image, strength=STRENGTH),
+        settings,
     )
 
 
@@ -194,29 +185,21 @@ def nothing(model: str, settings: Settings) -> Report:
     side, settings = made.model.sides[0], replace(settings, steps=2 * settings.steps)
     pass_ = _pass(settings)
 
-    def theirs() -> Image.Image:
-        return _theirs(pipe, settings, width=side, height=side)
-
     def from_nothing() -> Image.Image:
         return made.run(None, pass_, size=(side, side), seed=SEED).image
 
     ours = Contestant("diffedit", from_nothing, pipe)
-    peer = Contestant("diffusers", theirs, pipe)
-    again = Contestant("diffusers again", theirs, pipe)
-    race([ours, peer, again], settings.rounds)
-    found, noise = ratios(ours, peer), ratios(again, peer)
-    targets = [_not_slower("diffedit takes no longer than diffusers", found)]
+    report = _beside(
+        f"nothing: from a prompt, {side}×{side}, {_called(made, model)}, {settings.steps} steps",
+        ours,
+        lambda: _theirs(pipe, settings, width=side, height=side),
+        settings,
+    )
     if model == "tiny" and settings.steps == 20 and torch.get_num_threads() <= 2:
         took = median(ours.seconds)
         says = "20 steps of the embedded model at 256 px take ≤ 2 s on two cores"
-        targets.append(Target(says, f"{took:.2f} s", took <= 2))
-    return _raced(
-        f"nothing: from a prompt, {side}×{side}, {_called(made, model)}, {settings.steps} steps",
-        [ours, peer, again],
-        targets,
-        [*found, *noise],
-        [f"noise: diffusers against itself {noise}"],
-    )
+        report.targets.append(Target(says, f"{took:.2f} s", took <= 2))
+    return report
 
 
 def engine(settings: Settings) -> Report:
@@ -383,6 +366,23 @@ def psnr(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
     """Peak signal-to-noise ratio of 8-bit values, in dB; infinite where they are equal."""
     error = float(np.square(a.astype(np.float64) - b).mean()) if a.size else 0.0
     return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+def _beside(
+    title: str, ours: Contestant, theirs: Callable[[], Image.Image], settings: Settings
+) -> Report:
+    """diffedit and diffusers in turns; and diffusers twice, for the machine's noise."""
+    peer = Contestant("diffusers", theirs, ours.pipe)
+    again = Contestant("diffusers again", theirs, ours.pipe)
+    race([ours, peer, again], settings.rounds)
+    found, noise = ratios(ours, peer), ratios(again, peer)
+    return _raced(
+        title,
+        [ours, peer, again],
+        [_not_slower("diffedit takes no longer than diffusers", found)],
+        [*found, *noise],
+        [f"noise: diffusers against itself {noise}"],
+    )
 
 
 def _raced(

@@ -200,8 +200,8 @@ class Canvas:
     def toned(self, pixels: Tensor, mask: Tensor, alpha: Tensor, grid: int) -> Tensor:
         """Decoded pixels ``(b, 3, height, width)`` of the region, in the tone of what is around.
 
-        That is what neither shows when they are pasted nor was made: a latent cell is made as a
-        whole, wherever the mask's edge goes through it. See `tone.matched`.
+        What is around is what neither was made nor shows when it is pasted: a latent cell is made
+        as a whole, wherever the mask's edge goes through it. See `tone.matched`.
 
         Args:
             pixels: in [0, 1].

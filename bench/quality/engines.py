@@ -69,10 +69,10 @@ class Bench:
         few: Path | None = None,
     ) -> None:
         self.editor, self.steps, self.guidance, self.scheduler = editor, steps, guidance, scheduler
+        self.few = few
         self.native = editor.model.sides[0]
         self.feather = max(1, self.native // 32)
         self.source = str(editor.model.info["source"])
-        self.few = few
         self._nets: dict[str, Any] = {}
         self._pipes: dict[str, Any] = {}
 

@@ -99,6 +99,8 @@ def info(model: str, as_json: bool) -> None:
 
 def _loras(folder: Path) -> dict[str, str]:
     """A model's own LoRAs by name, each with what it says is to be set with it."""
+    if not (folder / "lora").is_dir():  # what follows imports torch
+        return {}
     from diffedit.models.files import read_json
     from diffedit.models.lora import own_loras
 

@@ -87,16 +87,6 @@ def own_loras(source: str) -> dict[str, Path]:
     return {file.parent.name: file.parent for file in found}
 
 
-def meant(source: str, name: str) -> str:
-    """Where a LoRA lies: a model's own has a name, any other is a file, a folder or a hub id.
-
-    Args:
-        source: the model.
-        name: what was asked for.
-    """
-    return str(own_loras(source).get(name, name))
-
-
 @torch.inference_mode(False)  # what is read is kept, and may be used outside of it
 def load_lora(
     loaders: Loaders, modules: Mapping[str, nn.Module], source: str, **options: Any
@@ -374,4 +364,4 @@ def _seems(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     return None
 
 
-__all__ = ["Additions", "LoRA", "components", "load_lora", "meant", "own_loras"]
+__all__ = ["Additions", "LoRA", "components", "load_lora", "own_loras"]

@@ -24,7 +24,7 @@ from diffedit.images import Picture
 from diffedit.models import control, holding, hub
 from diffedit.models.autoencoder import drawn, grain
 from diffedit.models.compiled import Compiled
-from diffedit.models.lora import Additions, LoRA, components, load_lora, meant
+from diffedit.models.lora import Additions, LoRA, components, load_lora, own_loras
 from diffedit.models.preview import Look
 from diffedit.models.protocol import ModelInput, Residuals
 from diffedit.models.textual_inversion import Word
@@ -333,8 +333,8 @@ class PipelineModel:
     def load_lora(self, source: str) -> LoRA:
         """Read a LoRA, the model's own by its name; see `models.lora.load_lora`."""
         loaders: Any = type(self.pipe)
-        where = meant(self.source, source)
-        return load_lora(loaders, self._additions.modules, where, **self._lora_options())
+        where = own_loras(self.source).get(source, source)
+        return load_lora(loaders, self._additions.modules, str(where), **self._lora_options())
 
     def _lora_options(self) -> Mapping[str, Any]:
         """What the family's loader wants to be told besides the file."""
