@@ -119,7 +119,7 @@ def test_cells_that_are_masked_in_part_are_released_late_and_thin_strokes_at_onc
     white[..., 67:70, 8:120] = 1  # a stroke, 3 pixels high
     cells = canvas.mask_to_latent(white, GRID)[0, 0]
     assert torch.allclose(cells[2:5, 2:5], torch.full((3, 3), 0.8))
-    assert torch.allclose(cells[5, 2:5], torch.full((3,), 0.8 * 0.5**2))
+    assert torch.allclose(cells[5, 2:5], torch.full((3,), 0.8 * 0.5**5))
     assert (cells[8, 1:15] == 1).all()
     assert int((cells > 0).sum()) == 12 + 14
 

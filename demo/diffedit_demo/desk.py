@@ -297,10 +297,10 @@ class Desk:
         return self.history.add(one.file, one.shown, title, one.size, one.workflow, parent)
 
     def discard(self) -> None:
-        """Let go of the candidates and of their files."""
+        """Let go of the candidates and of their files, which a page may still be loading."""
         for one in self.candidates:
-            self.session.remove(one.file)
-            self.session.remove(one.shown)
+            self.session.retire(one.file)
+            self.session.retire(one.shown)
         self.candidates = []
 
     def changes(self, candidate: Candidate) -> Changes | None:

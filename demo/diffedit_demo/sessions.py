@@ -37,6 +37,7 @@ __all__ = [
 
 _SUFFIX = re.compile(r"\.[a-z0-9]{1,8}")
 _DEEPEST = 64
+_LINGER_SECONDS = 30.0
 
 
 class QuotaError(InputError):
@@ -63,6 +64,7 @@ class Session:
         self._sessions = sessions
         self._folder = sessions.root / secrets.token_hex(16)
         self._pinned: set[Path] = set()
+        self._retired: dict[Path, float] = {}
         self._closed = False
         self.touched = time.monotonic()
 
@@ -152,6 +154,23 @@ class Session:
                 path.unlink(missing_ok=True)
             self._pinned.discard(path.resolve())
 
+    def retire(self, path: Path) -> None:
+        """Delete a file of this session once a page that still shows it has had time to read it.
+
+        A page asks for its pictures one after another; one that goes before it is read ends as a
+        broken answer. Until then it is the first to go when room is needed.
+        """
+        with self._sessions.lock:
+            if self.owns(path):
+                self._retired[path.resolve()] = time.monotonic()
+            self._pinned.discard(path.resolve())
+
+    def _sweep(self, now: float) -> None:
+        for path, since in list(self._retired.items()):
+            if now - since >= _LINGER_SECONDS:
+                path.unlink(missing_ok=True)
+                del self._retired[path]
+
     def _kept(self, target: Path, pinned: bool) -> Path:
         target.chmod(0o600)
         if pinned:
@@ -171,7 +190,8 @@ class Session:
                 path = Path(folder, name)
                 with contextlib.suppress(FileNotFoundError):
                     about = path.lstat()
-                    yield _Entry(path, about.st_size, about.st_mtime_ns, path in self._pinned)
+                    pinned, retired = path in self._pinned, path in self._retired
+                    yield _Entry(path, about.st_size, about.st_mtime_ns, pinned, retired)
 
     def _close(self) -> None:
         self._closed = True
@@ -184,6 +204,7 @@ class _Entry:
     size: int
     made: int
     pinned: bool
+    retired: bool
 
 
 @dataclass
@@ -295,7 +316,7 @@ class Sessions:
             return True
 
     def sweep(self, now: float | None = None) -> list[str]:
-        """Close the sessions that were not used for `keep_seconds`.
+        """Close the sessions that were not used for `keep_seconds`, and delete what was retired.
 
         Args:
             now: as `time.monotonic` counts.
@@ -310,13 +331,15 @@ class Sessions:
             ]
             for key in old:
                 self.close(key)
+            for session in self._by_hash.values():
+                session._sweep(now)
         return old
 
     def make_room(self, session: Session, size: int) -> None:
         """Drop the oldest files that are not pinned until `size` bytes fit.
 
-        The session's own files go before those of its owner's other sessions, and nothing goes when
-        all of it would not be enough.
+        What was retired goes first, then the session's own files before those of its owner's other
+        sessions, and nothing goes when all of it would not be enough.
 
         Raises:
             QuotaError: they do not fit.
@@ -324,7 +347,9 @@ class Sessions:
         with self.lock:
             theirs = self.of(session.owner).values() if session.owner else [session]
             entries = [
-                (one is not session, file.made, file) for one in theirs for file in one._entries()
+                (not file.retired, one is not session, file.made, file)
+                for one in theirs
+                for file in one._entries()
             ]
             over = sum(entry.size for *_, entry in entries) + size - self.quota_bytes
             all_used = sum(one.used for one in self._by_hash.values())
@@ -332,7 +357,7 @@ class Sessions:
             if over <= 0:
                 return
             going: list[Path] = []
-            for *_, entry in sorted(entries, key=lambda item: item[:2]):
+            for *_, entry in sorted(entries, key=lambda item: item[:3]):
                 if over > 0 and not entry.pinned:
                     going.append(entry.path)
                     over -= entry.size

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,28 @@ def test_a_file_that_is_not_its_own_cannot_be_pinned_or_removed(sessions: Sessio
     assert path.exists()
     sessions["a"].remove(path)
     assert not path.exists()
+
+
+def test_what_is_retired_can_still_be_read_for_a_while(sessions: Sessions) -> None:
+    session = sessions["a"]
+    pinned = session.add(b"x", ".png", pinned=True)
+    sessions["b"].retire(pinned)
+    sessions.sweep(time.monotonic() + 40)
+    assert pinned.exists()  # it is not b's
+    session.retire(pinned)
+    sessions.sweep(time.monotonic() + 20)
+    assert session.owns(pinned)
+    sessions.sweep(time.monotonic() + 40)
+    assert not pinned.exists()
+    assert len(sessions) == 2
+
+
+def test_what_is_retired_goes_first_when_room_is_needed(sessions: Sessions) -> None:
+    session = sessions["a"]
+    older, retired = dated(session, 3 * KB, 1), dated(session, 3 * KB, 2, pinned=True)
+    session.retire(retired)
+    session.add(bytes(5 * KB), ".png")
+    assert [path.exists() for path in (older, retired)] == [True, False]
 
 
 def test_an_owner_has_one_quota_for_all_pages(sessions: Sessions) -> None:
