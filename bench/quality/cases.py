@@ -504,7 +504,7 @@ def _replace(rng: np.random.Generator) -> list[Case]:
 def _remove(rng: np.random.Generator) -> list[Case]:
     """The object's own mask, to be filled with the background that the prompt names."""
     made = []
-    for old, noun in _pairs_of(rng, 40, SHAPES):
+    for old, noun in _pairs_of(rng, 60, SHAPES):
         behind = _background(rng, [old], ("plain", "plain", "gradient"))
         radius = float(rng.uniform(0.18, 0.3))
         x, y = (float(v) for v in rng.uniform(radius + 0.05, 0.95 - radius, 2))
@@ -518,7 +518,7 @@ def _remove(rng: np.random.Generator) -> list[Case]:
                 answer=_scene(behind),
             )
         )
-    for number in range(18):
+    for number in range(60):
         view, [(colour, noun), (colour2, noun2)], _ = _view(rng, number, 2)
         left, right = view.thing(colour, noun, 0.27), view.thing(colour2, noun2, 0.73)
         made.append(
@@ -715,7 +715,7 @@ def _chain(rng: np.random.Generator) -> list[Case]:
     away again (drawn) or adds another (photographs).
     """
     made = []
-    for number in range(12):
+    for number in range(24):
         drawn = number % 2 == 0
         colours = [str(c) for c in rng.permutation(COLOURS)]
         nouns = [str(n) for n in rng.permutation(SHAPES)]

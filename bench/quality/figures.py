@@ -11,6 +11,7 @@ import numpy as np
 from bench.quality import intervals, measures, pictures
 from bench.quality.cases import CATEGORIES, HINTS, Case
 from bench.quality.intervals import Estimate
+from bench.quality.judging import all_asked
 from diffedit.training.styles import JUDGED
 from diffedit.training.world.forms import SHAPES
 from diffedit.training.world.things import COLOURS, OBJECTS
@@ -36,13 +37,15 @@ LOWER = frozenset(
 
 IN_A_MASK = "in a mask"
 ALL_MASKS = "every mask"
+ALL_ASKED = "all that was asked"
 
 
 def rows(found: Sequence[Case], records: Mapping[Key, Record]) -> list[dict[str, Any]]:
     """One row for each category, group and measure, with every engine's figure.
 
-    Pooled rows follow: what was asked for in a mask (``replace`` and ``add``), and what holds of
-    all masks.
+    Each category ends with the share of its pictures that show all that was asked: an object that
+    has the colour but not the shape is not the object. Pooled rows follow: what was asked for in a
+    mask (``replace`` and ``add``), and what holds of all masks.
     """
     made = []
     for category in CATEGORIES:
@@ -50,6 +53,9 @@ def rows(found: Sequence[Case], records: Mapping[Key, Record]) -> list[dict[str,
         for group in groups:
             part = [c for c in found if (c.category, c.group) == (category, group)]
             made += _rows(category, group, part, records)
+        part = [c for c in found if c.category == category]
+        whole = {key: {"values": _fulfilled(record)} for key, record in records.items()}
+        made += _rows(category, "", part, whole)
     asked = [c for c in found if c.category in ("replace", "add")]
     keep: tuple[str, ...] = ("colour", "unasked colour", "shape", "unasked shape")
     made += [r for r in _rows(IN_A_MASK, "", asked, records) if r["measure"] in keep]
@@ -57,6 +63,11 @@ def rows(found: Sequence[Case], records: Mapping[Key, Record]) -> list[dict[str,
     keep = ("changed outside", "nothing outside", "seam", "seam, own ground", "edge steps")
     made += [r for r in _rows(ALL_MASKS, "", masks, records) if r["measure"] in keep]
     return made
+
+
+def _fulfilled(record: Record) -> dict[str, Any]:
+    told = all_asked(record.get("values", {}))
+    return {} if told is None else {ALL_ASKED: told}
 
 
 def _rows(
@@ -291,13 +302,10 @@ def _against(found: Figures) -> list[dict[str, Any]]:
             row = _row(found, ALL_MASKS, "", measure)
             if row and (gap := row.get("ours minus theirs", {}).get(peer)):
                 made.append(_compared(f"{measure} minus {peer}'s", gap, lower=True))
-        for one in found:
-            if one["measure"] not in ("colour", "shape", "relation", "removed", "style"):
-                continue
-            if gap := one.get("ours minus theirs", {}).get(peer):
-                where = ", ".join(part for part in (one["category"], one["group"]) if part)
-                name = f"{where}: {one['measure']} minus {peer}'s"
-                made.append(_compared(name, gap, lower=False))
+        for category in CATEGORIES:
+            row = _row(found, category, "", ALL_ASKED)
+            if row and (gap := row.get("ours minus theirs", {}).get(peer)):
+                made.append(_compared(f"{category}: {ALL_ASKED} minus {peer}'s", gap, lower=False))
     return made
 
 

@@ -43,6 +43,16 @@ CLEARED = 0.8
 RECOLOURED = 0.6
 """How much of what the right picture shows of the new colour has to have it."""
 
+OF_ASKED = ("colour", "shape", "relation", "background", "ground", "removed", "style",
+            "depth order", "closer in colour")  # fmt: skip
+"""Measures that say whether something is there that was asked for."""
+
+
+def all_asked(values: Values) -> bool | None:
+    """Whether a picture shows all that was asked; None where nothing is asked that can be told."""
+    told = [bool(values[key]) for key in OF_ASKED if key in values]
+    return all(told) if told else None
+
 
 def judge(case: Case, picture: Pixels, native: int, feather: int) -> Values:
     """All measures of a case's picture.

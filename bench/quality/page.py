@@ -16,7 +16,7 @@ from scipy.ndimage import binary_dilation
 from bench.quality import pictures
 from bench.quality.cases import CATEGORIES, Case
 from bench.quality.figures import LOWER, Key, Record
-from bench.quality.judging import Values
+from bench.quality.judging import OF_ASKED, Values, all_asked
 from diffedit.training.card import shown
 from diffedit.training.world.backdrops import Pixels
 
@@ -59,7 +59,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         for g in results["gates"]
         if " minus " not in g["gate"]
     ]
-    lines += ["", *_comparison(results["gates"]), "", "### Figures", ""]
+    lines += ["", *_comparison(results["gates"], results["rows"]), "", "### Figures", ""]
     engines = [e for e in SHOWN if any(e in row["engines"] for row in results["rows"])]
     lines += [
         f"| what | n | {' | '.join(engines)} | chance |",
@@ -93,8 +93,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _comparison(gates: Iterable[Mapping[str, Any]]) -> list[str]:
-    """diffedit less diffusers on the same cases."""
+def _comparison(gates: Iterable[Mapping[str, Any]], rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """diffedit less diffusers on the same cases: by category, then what that is made of."""
     gaps = [g for g in gates if " minus " in g["gate"]]
     if not gaps:
         return []
@@ -106,9 +106,19 @@ def _comparison(gates: Iterable[Mapping[str, Any]]) -> list[str]:
         "| difference | figure | to reach | |",
         "|---|---|---|---|",
     ]
-    return lines + [
+    lines += [
         f"| {g['gate']} | {shown(g['figure'])} | {g['target']} | {g['verdict']} |" for g in gaps
     ]
+    peers = ("diffusers", "diffusers, crop")
+    lines += ["", "By group, of single measures:", ""]
+    lines += [f"| minus | {' | '.join(peers)} |", "|---|---|---|"]
+    for row in rows:
+        gap = row.get("ours minus theirs", {})
+        if gap and row["measure"] in OF_ASKED:
+            where = ", ".join(part for part in (row["category"], row["group"]) if part)
+            told = " | ".join(shown(gap.get(peer)) for peer in peers)
+            lines.append(f"| {where}: {row['measure']} | {told} |")
+    return lines
 
 
 def put_into(readme: Path, text: str) -> None:
@@ -141,14 +151,6 @@ def given(case: Case, native: int) -> Pixels | None:
         width = max(1, native // 96)
         picture[binary_dilation(inside, iterations=width) & ~inside] = (255, 0, 160)
     return picture
-
-
-def verdict(values: Values) -> bool | None:
-    """Whether a picture shows all that was asked; None where nothing is asked that can be told."""
-    asked = ("colour", "shape", "relation", "background", "ground", "removed", "style",
-             "depth order", "closer in colour")  # fmt: skip
-    told = [bool(values[key]) for key in asked if key in values]
-    return all(told) if told else None
 
 
 def spilled(values: Values) -> bool:
@@ -187,7 +189,7 @@ def _cell(file: Path, record: Record | None) -> str:
         return "<td>"
     data = base64.b64encode(file.read_bytes()).decode("ascii")
     values = record["values"] if record else {}
-    good = verdict(values)
+    good = all_asked(values)
     kinds = ["" if good is None else "right" if good else "wrong"]
     kinds += ["spilled"] if spilled(values) else []
     said = escape(", ".join(f"{k}: {_brief(v)}" for k, v in values.items()))
@@ -251,7 +253,7 @@ def _put(
         sheet.paste(picture.convert("RGB"), at)
     if record is None:
         return
-    if (good := verdict(record["values"])) is not None:
+    if (good := all_asked(record["values"])) is not None:
         pen.rectangle((x - 1, y - 1, x + end, y + end), outline="green" if good else "red", width=2)
     if spilled(record["values"]):
         pen.polygon([(x + end, y), (x + end - 14, y), (x + end, y + 14)], fill=(170, 0, 200))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench.quality import figures, page
+from bench.quality import figures, judging, page
 from bench.quality.__main__ import _json
 from bench.quality.cases import Case, balanced, cases
 from bench.quality.figures import Key
@@ -68,12 +68,35 @@ def test_peers_are_compared_on_the_cases_of_both() -> None:
     gap = row(rows, "add", "drawn", "shape")["ours minus theirs"]["diffusers"]
     assert gap[0] == 0.5  # on the twenty, not 20/30 - 10/20
     assert gap[3] == 20
-    gate = "add, drawn: shape minus diffusers's"
+    gate = "add: all that was asked minus diffusers's"
     assert verdicts(rows)[gate] == "reached"
     worse = recorded("diffedit", part, "shape", [False] * 30)
     assert verdicts(figures.rows(part, worse | theirs))[gate] == "not reached"
     near = recorded("diffedit", part, "shape", [True] * 9 + [False] * 21)
     assert verdicts(figures.rows(part, near | theirs))[gate] == "no difference within the interval"
+
+
+def test_half_of_what_was_asked_is_not_what_was_asked() -> None:
+    part = of("recolour", "in a view")[:20]
+    said = {
+        "diffedit": [(True, True), (False, False)],
+        "diffusers": [(True, False), (False, True)],
+    }
+    records: dict[Key, Any] = {}
+    for engine, values in said.items():
+        for case, (colour, shape) in zip(part, values * 10, strict=True):
+            records[case.id, engine] = {"values": {"colour": colour, "shape": shape, "seam": 1.0}}
+    rows = figures.rows(part, records)
+    for measure in ("colour", "shape"):
+        gap = row(rows, "recolour", "in a view", measure)["ours minus theirs"]["diffusers"]
+        assert gap[0] == 0
+    made = row(rows, "recolour", "", "all that was asked")
+    assert [made["engines"][engine][0] for engine in said] == [0.5, 0.0]
+    name = "recolour: all that was asked minus diffusers's"
+    assert next(g["figure"] for g in figures.gates(rows) if g["gate"] == name)[0] == 0.5
+    swapped = {(case, "diffusers" if engine == "diffedit" else "diffedit"): record
+               for (case, engine), record in records.items()}  # fmt: skip
+    assert verdicts(figures.rows(part, swapped))[name] == "not reached"
 
 
 def test_a_seam_is_better_where_it_is_less() -> None:
@@ -142,9 +165,9 @@ def test_results_are_json_without_nan() -> None:
 
 
 def test_a_verdict_needs_all_that_was_asked() -> None:
-    assert page.verdict({"colour": True, "shape": True, "unasked colour": True}) is True
-    assert page.verdict({"colour": True, "shape": False}) is False
-    assert page.verdict({"edge F1": 0.3}) is None
+    assert judging.all_asked({"colour": True, "shape": True, "unasked colour": True}) is True
+    assert judging.all_asked({"colour": True, "shape": False}) is False
+    assert judging.all_asked({"edge F1": 0.3}) is None
     assert page.spilled({"nothing outside": False})
     assert not page.spilled({"colour": False})
 
