@@ -112,6 +112,17 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [tensor for item in parts for tensor in tensors_in(item)]
 
 
+def constituents(tensor: Tensor) -> list[Tensor]:
+    """The tensors with memory of their own that one consists of: itself, unless it wraps others.
+
+    As quantised weights do: such a one has a size and a type, and no memory.
+    """
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        return [tensor]
+    return [part for name in flatten()[0] for part in constituents(getattr(tensor, name))]
+
+
 def version(tensor: Tensor) -> int:
     """Grows with every write; tensors made in inference mode do not count theirs."""
     return 0 if tensor.is_inference() else tensor._version

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffedit.errors import PluginError
-from diffedit.guard import tensors_in, version
+from diffedit.guard import constituents, tensors_in, version
 
 
 class Untouched:
@@ -41,8 +41,10 @@ class Untouched:
             for t in kept.values()
             if t is not None
         }
+        self.grads = [(t, t.requires_grad) for t in held.values()]
+        held = {id(part): part for t in held.values() for part in constituents(t)}
         # An alias, made by .data, keeps the old storage alive when a plugin swaps it for another.
-        self.weights = [(t, t.data, t.requires_grad) for t in held.values()]
+        self.weights = [(t, t.data) for t in held.values()]
         self.within = within
         self.began = {key: version(tensor) for key, tensor in held.items()}
         self.versions = dict(self.began)
@@ -50,7 +52,7 @@ class Untouched:
 
     def watching(self) -> TorchDispatchMode:
         """While inside, a weight is copied before it is first written to."""
-        return _CopyOnWrite({_storage(data): data for _, data, _ in self.weights}, self.copies)
+        return _CopyOnWrite({_storage(data): data for _, data in self.weights}, self.copies)
 
     def __enter__(self) -> Self:
         return self
@@ -83,10 +85,11 @@ class Untouched:
                     held.update(was[key])
                 else:
                     module.__dict__[key] = was[key]
-        for tensor, data, grad in self.weights:
+        for tensor, grad in self.grads:
             if tensor.requires_grad != grad:
                 tensor.requires_grad_(grad)
                 left["requires_grad"] = None
+        for tensor, data in self.weights:
             if tensor.data_ptr() != data.data_ptr() or tensor.dtype != data.dtype:
                 tensor.data = data
                 left["weights"] = None
@@ -143,8 +146,9 @@ class _CopyOnWrite(TorchDispatchMode):
             given[argument.name] = value
         for argument in func._schema.arguments:
             if argument.alias_info is not None and argument.alias_info.is_write:
-                for tensor in tensors_in(given.get(argument.name)):
-                    where = _storage(tensor)
-                    if where in self.weights and where not in self.copies:
-                        self.copies[where] = self.weights[where].clone()
+                for whole in tensors_in(given.get(argument.name)):
+                    for tensor in constituents(whole):
+                        where = _storage(tensor)
+                        if where in self.weights and where not in self.copies:
+                            self.copies[where] = self.weights[where].clone()
         return func(*args, **(kwargs or {}))

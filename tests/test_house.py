@@ -96,7 +96,10 @@ def imported(tree: ast.Module) -> set[str]:
 
 @pytest.mark.parametrize(
     ("folders", "extras"),
-    [(["demo", "diffedit", "plugins"], ["train", "gguf"]), (["tests", "bench"], ["dev", "train"])],
+    [
+        (["demo", "diffedit", "plugins"], ["train", "gguf", "torchao"]),
+        (["tests", "bench"], ["dev", "train"]),
+    ],
     ids=["package", "tests"],
 )
 def test_what_is_imported_is_declared(folders: list[str], extras: list[str]) -> None:

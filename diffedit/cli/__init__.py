@@ -203,6 +203,8 @@ def _hushed(quiet: bool) -> Iterator[list[str]]:
         for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
             os.environ.setdefault(name, "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        # Where torchao is installed diffusers imports it, and torch has something to say to it.
+        logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     logger.addHandler(handler)
     propagate, logger.propagate = logger.propagate, False
     try:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffedit.errors import ModelError
+from diffedit.guard import constituents
 
 _MAIN = torch.device("cpu")
 
@@ -78,7 +79,7 @@ def place(networks: Sequence[nn.Module], device: torch.device, room: int | None 
     shared: dict[int, tuple[nn.Parameter, nn.Parameter, bool]] = {}
     for layer in layers:
         weights = _weights(layer)
-        size = sum(one.nbytes for one in weights.values() if id(one) not in shared)
+        size = sum(_bytes(one) for one in weights.values() if id(one) not in shared)
         stays = any(shared[id(one)][2] for one in weights.values() if id(one) in shared)
         stays = stays or (size > left and not bound & {id(one) for one in weights.values()})
         if stays:
@@ -123,6 +124,12 @@ def computing(network: nn.Module) -> torch.dtype:
     return first
 
 
+def narrowest(network: nn.Module) -> torch.dtype:
+    """The type that takes the least memory of those that weights are held in."""
+    held = (part for weight in network.parameters() for part in constituents(weight))
+    return min(held, key=Tensor.element_size).dtype
+
+
 def where(network: nn.Module) -> torch.device:
     """Where a network computes, wherever its weights are held."""
     said = network.__dict__.get("_computes_on")
@@ -138,7 +145,11 @@ def away(network: nn.Module) -> int:
     """The bytes of a network's weights that stay in main memory."""
     held = (one for one in network.modules() if _held(one).device is not None)
     weights = {id(one): one for layer in held for one in _weights(layer).values()}
-    return sum(one.nbytes for one in weights.values())
+    return sum(_bytes(one) for one in weights.values())
+
+
+def _bytes(weight: Tensor) -> int:
+    return sum(one.nbytes for one in constituents(weight))
 
 
 def holds(network: nn.Module) -> bool:
@@ -208,4 +219,14 @@ _FORWARDS: Mapping[type, Callable[..., Tensor]] = {
 }
 
 
-__all__ = ["alike", "away", "computing", "holds", "narrow", "place", "unpacked", "where"]
+__all__ = [
+    "alike",
+    "away",
+    "computing",
+    "holds",
+    "narrow",
+    "narrowest",
+    "place",
+    "unpacked",
+    "where",
+]

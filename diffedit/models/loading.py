@@ -91,6 +91,9 @@ def load(
         more["vae"] = load_autoencoder(str(vae), where, more.get("config"), kind)
     said = {"device": on, "dtype": kind, "revision": revision, "variant": variant, **more}
     model = devices.fitting(source, on, lambda **less: family.load(where, **{**said, **less}))
+    if dtype is not None and model.dtype != kind:
+        own = str(model.dtype).removeprefix("torch.")
+        log.warning("%s: computes in %s, which its weights were quantised for", source, own)
     if vae is not None:
         if not hasattr(model, "replaced"):
             raise ModelError(f"{source}: models of its family take no other autoencoder")
@@ -224,6 +227,10 @@ def components(cls: Any, source: str, **options: Any) -> Any:
         else:
             unused = parts.UNUSED & read_json(path / "model_index.json").keys()
             options = dict.fromkeys(unused) | options
+            if own := parts.quantised(path, variant):
+                if storage is not None:
+                    raise ModelError(f"{source}: held in few bits already: leave out dtype float8")
+                dtype = {**dtype, "default": own} if isinstance(dtype, dict) else own
             made = parts.check_folder(path, cls, variant, set(options), dtype)
             options |= parts.encoders(path, cls, variant, options, dtype)
             options |= {name: parts.filled(one) for name, one in made.items()}

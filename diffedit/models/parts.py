@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from diffedit.errors import ModelError
+from diffedit.models import torchao
 from diffedit.models.files import (
     check_weights,
     first_line,
@@ -25,6 +26,8 @@ from diffedit.models.files import (
 
 #: Parts that a folder may have and that diffedit does not use.
 UNUSED = frozenset({"safety_checker"})
+#: What pipelines call their denoisers.
+DENOISERS = ("unet", "transformer")
 #: What libraries call a file of weights.
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
@@ -82,12 +85,13 @@ def check_folder(
                     " transformers as they are installed here"
                 )
             continue
-        if name in ("unet", "transformer") and not _fits(cls, hints[name]):
+        if name in DENOISERS and not _fits(cls, hints[name]):
             raise ModelError(
                 f"{index}: {name} is a {cls_name}, which is no denoiser of a {pipeline.__name__}"
             )
         if holds_weights(cls):
-            made = check_part(part, cls, variant, kind_of(dtype, name))
+            kind = kind_of(dtype, name)
+            made = check_part(part, cls, variant, kind, quantised=name in DENOISERS)
             blueprints |= {} if made is None else {name: made}
     return blueprints
 
@@ -122,12 +126,20 @@ class Blueprint:
 
 
 def check_part(
-    folder: Path, cls: Any, variant: str | None = None, dtype: Any = None
+    folder: Path,
+    cls: Any,
+    variant: str | None = None,
+    dtype: Any = None,
+    *,
+    quantised: bool = False,
 ) -> Blueprint | None:
     """Refuse one network's folder whose files are not what they say; reads no weights.
 
+    Args:
+        quantised: it may be, by what diffusers reads without a GPU.
+
     Returns:
-        What diffusers makes of it; None: it is transformers'.
+        What diffusers makes of it; None: it is transformers', or quantised.
 
     Raises:
         ModelError: names the file and what is wrong in it.
@@ -138,8 +150,11 @@ def check_part(
         raise ModelError(f"{settings}: missing; it says what the weights beside it are")
     files = weights(folder, STEMS["diffusers" if is_diffusers(cls) else "transformers"], variant)
     found = {name: tensor for file in files for name, tensor in header(file).items()}
-    if method := config.get("quantization_config"):
-        _refuse_quantised(settings, method)
+    if method := config.pop("quantization_config", None):
+        if not quantised or method_of(method) != torchao.METHOD:
+            raise _unread(settings, method)
+        check_class(folder, cls)
+        torchao.check(settings, files, found, shapes(blueprint(cls, config, settings)))
     elif is_diffusers(cls):
         check_class(folder, cls)
         where = files[0] if len(files) == 1 else folder
@@ -150,6 +165,25 @@ def check_part(
         network.register_to_config(_name_or_path=str(folder))
         return Blueprint(network, files, dtype)
     return None
+
+
+def quantised(folder: Path, variant: str | None) -> torch.dtype | None:
+    """The type that the denoiser of a model's folder was quantised to compute in; None: it is not.
+
+    The weights are of that type for good: what they are multiplied with has to be, too.
+    """
+    for name in DENOISERS:
+        settings = folder / name / "config.json"
+        said = read_json(settings).get("quantization_config") if settings.is_file() else None
+        if method_of(said) == torchao.METHOD:
+            files = weights(settings.parent, STEMS["diffusers"], variant)
+            return torchao.computing(files)
+    return None
+
+
+def method_of(said: Any) -> str | None:
+    """By what a network is quantised whose configuration says this of it."""
+    return said.get("quant_method") if isinstance(said, dict) else None
 
 
 def filled(made: Blueprint) -> Any:
@@ -291,12 +325,12 @@ def _fits(cls: type, hint: Any) -> bool:
     return not kinds or issubclass(cls, tuple(kinds))
 
 
-def _refuse_quantised(settings: Path, said: Any) -> None:
-    """Refuse weights whose numbers mean something only together with others."""
-    method = said.get("quant_method") if isinstance(said, dict) else None
-    raise ModelError(
-        f"{settings}: its weights are quantised by {method or 'an unknown method'}, which diffedit"
-        " does not read: take the model's ordinary weights, which dtype float8 makes smaller"
+def _unread(settings: Path, said: Any) -> ModelError:
+    """For weights whose numbers mean something only together with others."""
+    return ModelError(
+        f"{settings}: its weights are quantised by {method_of(said) or 'an unknown method'}, which"
+        " diffedit does not read: take the model's ordinary weights, which dtype float8 makes"
+        " smaller"
     )
 
 
@@ -314,6 +348,7 @@ __all__ = [
     "kind_of",
     "named",
     "own_code",
+    "quantised",
     "read",
     "shapes",
 ]

@@ -197,7 +197,7 @@ class PipelineModel:
             "device": str(self.device),
             "saves_memory": self.one_by_one,
             "in_main_memory": sum(holding.away(part) for part in self.parts()),
-            "weights": str(next(self.denoiser.parameters()).dtype).removeprefix("torch."),
+            "weights": str(holding.narrowest(self.denoiser)).removeprefix("torch."),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 
