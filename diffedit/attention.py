@@ -47,12 +47,15 @@ class Beside:
         v: values ``(rows, heads, keys, d)``.
         weight: how much of it is added.
         mask: where, ``(1 or rows, 1, tokens, 1)``; None: everywhere.
+        late: it is of the queries as they were before they were turned by their places, and is
+            added to what the whole block makes, in families that know of such.
     """
 
     k: Tensor
     v: Tensor
     weight: float = 1.0
     mask: Tensor | None = None
+    late: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,11 +144,13 @@ class Layout:
         picture: which of them are the picture's; all, unless text and picture attend together.
         cross: whether keys and values come from the text alone.
         places: as in `QKV`, of the picture's tokens.
+        late: takes those attentions beside this one that are added after the block.
     """
 
     picture: slice | None = None
     cross: bool = False
     places: Tensor | None = None
+    late: Callable[[tuple[Beside, ...]], None] | None = None
 
 
 def separate(given: Mapping[str, Any], tokens: int) -> Layout:
@@ -276,6 +281,13 @@ class _Ear(TorchFunctionMode):
             layout.places,
         )
         changed = self.transform(own, site)
+        if layout.late is not None and (late := tuple(one for one in changed.beside if one.late)):
+            layout.late(late)
+            changed = replace(changed, beside=tuple(one for one in changed.beside if not one.late))
+            if changed.beside == () and all(
+                getattr(changed, part) is getattr(own, part) for part in ("q", "k", "v", "bias")
+            ):
+                changed = own
         if changed is own:
             return F.scaled_dot_product_attention(query, key, value, attn_mask, **more)
         seen = None if mask is None else _beside(picture, mask[..., picture, :], -1)

@@ -19,7 +19,7 @@ from diffedit_ip_adapter import IPAdapter
 from diffedit_lora import LoRA
 from diffedit_region import Region
 from diffedit_style import Style
-from tests.families import SD, SDXL, Tiny
+from tests.families import FLUX, SD, SDXL, Tiny
 from tests.families import ip_adapter as adapters
 from tests.families.additions import additions, written
 
@@ -36,11 +36,14 @@ def everything(family: Tiny, folder: Path) -> list[Edit]:
     """Seven edits, five of them with something that lies on the disk."""
     pipe = family.pipeline()
     family.control_net(pipe).save_pretrained(folder / "net")
-    file = adapters.write(folder / "adapter", pipe.unet, "plus")
+    if family is FLUX:
+        file = adapters.write_for_flux(folder / "adapter", pipe.transformer)
+    else:
+        file = adapters.write(folder / "adapter", pipe.unet, "plus")
     lora = written(folder / "lora.safetensors", additions(pipe))
     return [
         Inpaint(mask=mask(10, 80), feather=4),
-        Img2Img(strength=0.8),
+        Img2Img(strength=0.6),
         ControlNet(model=str(folder / "net"), kind="canny", weight=0.6),
         IPAdapter(model=str(file), image=data.chelsea()[:80, :80], weight=0.5, mask=mask(10, 50)),
         LoRA(model=lora, weight=0.7),
@@ -49,13 +52,15 @@ def everything(family: Tiny, folder: Path) -> list[Edit]:
     ]
 
 
-def pass_of(edits: Any, steps: int = 3) -> Pass:
-    said = {"prompt": "a (red:1.2) circle", "negative": "blurry", "guidance": 4, "steps": steps}
+def pass_of(editor: Editor, edits: Any, steps: int = 3) -> Pass:
+    weighs = "prompt_weights" in editor.model.capabilities
+    prompt = "a (red:1.2) circle" if weighs else "a red circle"
+    said = {"prompt": prompt, "negative": "blurry", "guidance": 4, "steps": steps}
     return Pass(edits=tuple(edits), **said)
 
 
 def latents(editor: Editor, edits: Any) -> torch.Tensor:
-    made = editor.run(PICTURE, pass_of(edits), seed=3).latents
+    made = editor.run(PICTURE, pass_of(editor, edits), seed=3).latents
     assert made is not None
     return made
 
@@ -81,7 +86,7 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
 
 
-@pytest.fixture(params=[SD, SDXL], ids=lambda one: one.name)
+@pytest.fixture(params=[SD, SDXL, FLUX], ids=lambda one: one.name)
 def made(request: Any, tmp_path: Path) -> tuple[Tiny, Editor, list[Edit]]:
     family: Tiny = request.param
     return family, family.editor(), everything(family, tmp_path)
@@ -100,7 +105,7 @@ def test_all_of_them_act_in_one_pass_in_any_order(made: tuple[Tiny, Editor, list
 def test_nothing_changes_outside_the_mask(made: tuple[Tiny, Editor, list[Edit]]) -> None:
     _, editor, edits = made
     edits[0] = Inpaint(mask=mask(10, 80), feather=0)
-    pixels = editor.run(PICTURE, pass_of(edits), seed=3).pixels
+    pixels = editor.run(PICTURE, pass_of(editor, edits), seed=3).pixels
     outside = mask(10, 80) == 0
     np.testing.assert_array_equal(pixels[outside], PICTURE[outside])
     assert not np.array_equal(pixels, PICTURE)
@@ -118,7 +123,7 @@ def test_a_pass_without_them_is_a_fresh_editors(made: tuple[Tiny, Editor, list[E
 def test_a_cancelled_pass_leaves_nothing_behind(made: tuple[Tiny, Editor, list[Edit]]) -> None:
     family, editor, edits = made
     before = state(editor)
-    with editor.stream(PICTURE, pass_of(edits), seed=3) as steps:
+    with editor.stream(PICTURE, pass_of(editor, edits), seed=3) as steps:
         next(steps)
         assert not same(state(editor), before)  # the LoRA is there
     assert same(state(editor), before)
@@ -136,7 +141,9 @@ def test_an_error_in_the_midst_of_a_step_leaves_nothing_behind(
         raise RuntimeError("on purpose")
 
     with monkeypatch.context() as broken:
-        broken.setattr(editor.model.denoiser.mid_block, "forward", fails)  # type: ignore[attr-defined]
+        denoiser: Any = next(iter(editor.model.parts()))
+        blocks = [denoiser.mid_block] if family is not FLUX else denoiser.single_transformer_blocks
+        broken.setattr(blocks[0], "forward", fails)
         with pytest.raises(errors.PluginError, match="on purpose"):
             latents(editor, edits)
     assert same(state(editor), before)

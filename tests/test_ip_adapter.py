@@ -20,8 +20,8 @@ from diffedit.models.ip_adapter import at_tokens
 from diffedit_inpaint import Inpaint
 from diffedit_ip_adapter import IPAdapter
 from diffedit_style import Style
-from tests.families import FLUX, SD, SDXL, Tiny
-from tests.families.ip_adapter import write
+from tests.families import CHROMA, FLUX, SD, SDXL, Tiny
+from tests.families.ip_adapter import write, write_for_flux
 
 CAT, CUP = data.chelsea()[:120, :160], data.coffee()[:100, :100]
 STEPS, SEED = 4, 3
@@ -207,6 +207,134 @@ def test_a_mask_at_each_level_of_a_unet(tokens: int) -> None:
     assert made.mean() == pytest.approx(0.5, abs=0.01)
 
 
+# -- Flux.1 ----------------------------------------------------------------------------------------
+
+
+def flux_latents(editor: Editor, *edits: Any, true: float = 1.0, **said: Any) -> torch.Tensor:
+    pass_ = Pass(prompt="a red circle", steps=STEPS, guidance=3.0, true_guidance=true, edits=edits)
+    made = editor.run(None, pass_, seed=SEED, size=(64, 64), compat=True, **said).latents
+    assert made is not None
+    return made
+
+
+def flux_theirs(files: list[Path], weights: list[float], true: float) -> torch.Tensor:
+    parts = FLUX.pipeline().components
+    pipe = diffusers.FluxPipeline(**parts | {"image_encoder": None, "feature_extractor": None})
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_ip_adapter(
+        [str(file.parent) for file in files],
+        subfolder="",
+        weight_name=[file.name for file in files],
+        image_encoder_pretrained_model_name_or_path=str(files[0].parent / "image_encoder"),
+        image_encoder_dtype=torch.float32,
+    )
+    pipe.set_ip_adapter_scale(weights if len(weights) > 1 else weights[0])
+    pictures: list[Any] = [Image.fromarray(one) for one in (CAT, CUP)[: len(files)]]
+    made = pipe(
+        "a red circle",
+        negative_prompt="" if true > 1 else None,
+        true_cfg_scale=true,
+        num_inference_steps=STEPS,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(SEED),
+        width=64,
+        height=64,
+        ip_adapter_image=pictures if len(files) > 1 else pictures[0],
+        output_type="latent",
+    ).images
+    latents: torch.Tensor = pipe._unpack_latents(made, 64, 64, pipe.vae_scale_factor)
+    return latents
+
+
+@pytest.mark.parametrize("theirs", [True, False], ids=["XLabs", "diffusers"])
+@pytest.mark.parametrize("true", [1.0, 4.0])
+def test_one_picture_for_flux_is_as_in_diffusers(theirs: bool, true: float, tmp_path: Path) -> None:
+    editor = FLUX.editor()
+    transformer = editor.model.denoiser  # type: ignore[attr-defined]
+    file = write_for_flux(tmp_path, transformer, theirs=theirs)
+    own = flux_latents(editor, IPAdapter(model=str(file), image=CAT, weight=0.7), true=true)
+    assert torch.equal(own, flux_theirs([file], [0.7], true))
+    assert (own - flux_latents(editor, true=true)).abs().mean() > 0.01
+
+
+def test_two_for_flux_are_as_in_diffusers(tmp_path: Path) -> None:
+    editor = FLUX.editor()
+    transformer = editor.model.denoiser  # type: ignore[attr-defined]
+    files = [
+        write_for_flux(tmp_path / name, transformer, number) for number, name in enumerate("ab")
+    ]
+    edits = [
+        IPAdapter(
+            model=str(file),
+            image=picture,
+            weight=weight,
+            encoder=str(tmp_path / "a" / "image_encoder"),
+        )
+        for file, picture, weight in zip(files, (CAT, CUP), (0.4, 0.9), strict=True)
+    ]
+    assert torch.equal(flux_latents(editor, *edits), flux_theirs(files, [0.4, 0.9], 1.0))
+
+
+def test_on_flux_it_combines_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    editor = FLUX.editor()
+    transformer: Any = editor.model.denoiser  # type: ignore[attr-defined]
+    file = str(write_for_flux(tmp_path, transformer))
+    picture = data.astronaut()[:64, :64]
+    before = latents(editor, image=picture)
+    hooks = [dict(one._forward_hooks) for one in transformer.modules()]
+    cat = IPAdapter(model=file, image=CAT)
+    edits = [Inpaint(mask=half(), feather=0), cat, Style(image=CUP)]
+    made = [latents(editor, *order, image=picture) for order in (edits, edits[::-1])]
+    assert torch.equal(*made)
+    assert not torch.equal(made[0], latents(editor, edits[0], edits[2], image=picture))
+    pixels = editor.run(picture, Pass(prompt="x", steps=2, edits=edits), seed=1).pixels
+    np.testing.assert_array_equal(pixels[:, 32:], picture[:, 32:])
+    assert [dict(one._forward_hooks) for one in transformer.modules()] == hooks
+    assert torch.equal(latents(editor, image=picture), before)
+    nowhere = IPAdapter(model=file, image=CAT, mask=np.zeros((64, 64), np.uint8))
+    assert torch.equal(flux_latents(editor, nowhere), flux_latents(editor))
+    white = IPAdapter(model=file, image=CAT, mask=np.full((64, 64), 255, np.uint8))
+    everywhere = flux_latents(editor, cat)
+    assert torch.equal(flux_latents(editor, white), everywhere)
+    there = flux_latents(editor, IPAdapter(model=file, image=CAT, mask=half()))
+    assert not torch.equal(there, everywhere)
+
+
+def test_on_flux_nothing_of_a_call_that_failed_acts_in_the_next(tmp_path: Path) -> None:
+    editor = FLUX.editor()
+    transformer: Any = editor.model.denoiser  # type: ignore[attr-defined]
+    cat = IPAdapter(model=str(write_for_flux(tmp_path, transformer)), image=CAT)
+    plain, shown = flux_latents(editor), flux_latents(editor, cat)
+    fails = transformer.transformer_blocks[0].ff.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        flux_latents(editor, cat)
+    fails.remove()
+    assert torch.equal(flux_latents(editor), plain)
+    assert torch.equal(flux_latents(editor, cat), shown)
+
+
+def test_one_for_another_flux_is_refused(tmp_path: Path) -> None:
+    editor = FLUX.editor()
+    transformer = editor.model.denoiser  # type: ignore[attr-defined]
+    whole = write_for_flux(tmp_path / "a", transformer)
+    unets_own = write(tmp_path / "b", SD.editor().model.denoiser)  # type: ignore[attr-defined]
+    for file, said in (
+        (altered(whole, stream_k_proj__bias=lambda w: None), "has nothing, the loaded model's is"),
+        (altered(whole, stream_v_proj__weight=lambda w: w[:-1]), "made for another model"),
+        (altered(whole, double_blocks__1=lambda w: None), "made for another model"),
+        (unets_own, "made for another model"),
+    ):
+        with pytest.raises(errors.ModelError, match=said):
+            flux_latents(editor, IPAdapter(model=str(file), image=CAT))
+    weights = load_file(whole)
+    more = {
+        key.replace("double_blocks.0", "double_blocks.7"): w.clone() for key, w in weights.items()
+    }
+    save_file(weights | more, tmp_path / "a" / "more.safetensors")
+    with pytest.raises(errors.ModelError, match="for more attention modules than"):
+        flux_latents(editor, IPAdapter(model=str(tmp_path / "a" / "more.safetensors"), image=CAT))
+
+
 def altered(file: Path, **changed: Any) -> Path:
     weights = load_file(file)
     for pattern, made in changed.items():
@@ -260,11 +388,10 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
 
 
 def test_other_families_refuse_before_weights_are_read(tmp_path: Path, capsys: Any) -> None:
-    pipe = FLUX.pipeline()
-    FLUX.save(pipe, tmp_path / "flux")
+    CHROMA.save(CHROMA.pipeline(), tmp_path / "chroma")
     Image.fromarray(CAT).save(tmp_path / "cat.png")
     said = ["edit", str(tmp_path / "cat.png"), "-o", str(tmp_path / "out.png"), "--prompt", "x"]
-    said += ["--model", str(tmp_path / "flux")]
+    said += ["--model", str(tmp_path / "chroma")]
     said += ["--edit", f"ip_adapter:model=a.safetensors,image={tmp_path / 'cat.png'}"]
     assert main(said) == 2
     assert "image_prompt" in capsys.readouterr().err

@@ -6,7 +6,8 @@ rectified flows (Esser et al. 2024, arXiv:2403.03206). A token is two by two lat
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -15,11 +16,12 @@ import torch.nn.functional as F
 from diffusers import FluxControlNetModel
 from torch import Tensor
 
-from diffedit.attention import Layout
+from diffedit.attention import Beside, Layout, Transform
 from diffedit.errors import ModelError
 from diffedit.guidance import POSITIVE
 from diffedit.models import loading
 from diffedit.models.control import InMode
+from diffedit.models.ip_adapter import Places
 from diffedit.models.pipeline import PipelineModel
 from diffedit.models.protocol import Conditioning, ModelInput, Residuals
 from diffedit.rows import index_on
@@ -38,7 +40,7 @@ class Flux(PipelineModel):
 
     family: ClassVar[str] = "flux"
     carries: ClassVar[frozenset[str]] = frozenset(
-        {"control", "embedded_guidance", "lora", "shared_attention"}
+        {"control", "embedded_guidance", "image_prompt", "lora", "shared_attention"}
     )
     sometimes: ClassVar[frozenset[str]] = frozenset(
         {"instructions", "mask_channels", "reference_tokens"}
@@ -69,6 +71,9 @@ class Flux(PipelineModel):
         super()._ready()
         self._text = self._picture = 0
         self._picked: tuple[Tensor, tuple[int, ...], Tensor] | None = None
+        # Of the present block: see `_late`.
+        self._queries: Tensor | None = None
+        self._sum: Tensor | None = None
         self._settle("text_encoder")
         if type(self.pipe).__name__.startswith(self.following):
             self.capabilities |= {"instructions", "reference_tokens"}
@@ -210,7 +215,46 @@ class Flux(PipelineModel):
         """The text's tokens come first, then the picture's, and references after them."""
         picture = slice(self._text, self._text + self._picture)
         cos, sin = (part[picture, ::2] for part in given["image_rotary_emb"])
-        return Layout(picture, places=torch.complex(cos, sin))
+        return Layout(picture, places=torch.complex(cos, sin), late=self._late)
+
+    @contextmanager
+    def attending(self, transform: Transform) -> Iterator[None]:
+        """While inside, every attention of the denoiser goes through `transform`."""
+        with super().attending(transform), ExitStack() as undo:
+            self._queries = self._sum = None  # of a pass that failed within a block
+            if "image_prompt" in self.capabilities:
+                for block in self.denoiser.transformer_blocks:
+                    undo.callback(block.attn.norm_q.register_forward_hook(self._asked).remove)
+                    undo.callback(block.register_forward_hook(self._block_ends).remove)
+            yield
+
+    def _asked(self, norm: Any, given: Any, queries: Tensor) -> None:
+        """Keep a block's queries, ``(rows, tokens, heads, d)``, before they are turned."""
+        self._queries = queries
+
+    def _late(self, beside: tuple[Beside, ...]) -> None:
+        """Attend beside the present block, for its end: what its heads see, with no projection."""
+        assert self._queries is not None
+        q = self._queries.transpose(1, 2)
+        total = torch.zeros_like(self._queries.flatten(2))
+        for one in beside:
+            seen = F.scaled_dot_product_attention(q, one.k, one.v).transpose(1, 2).flatten(2)
+            if one.mask is not None:  # of the picture: a reference after it is left alone
+                rest = seen.shape[1] - one.mask.shape[2]
+                seen = seen * F.pad(one.mask[:, 0], (0, 0, 0, rest))
+            total = total + one.weight * seen
+        self._sum = total
+
+    def _block_ends(self, block: Any, given: Any, made: tuple[Tensor, Tensor]) -> Any:
+        text, tokens = made
+        total, self._sum, self._queries = self._sum, None, None
+        return made if total is None else (text, tokens + total)
+
+    def _looks(self) -> Places:
+        net, inner = self.denoiser, self.denoiser.inner_dim
+        shape = inner, net.config.joint_attention_dim
+        modules = {n: (f"transformer_blocks.{n}.attn", shape) for n in range(net.config.num_layers)}
+        return Places(modules, biased=True, black=True, late=True)
 
     def predict(self, x: ModelInput) -> Tensor:
         """The transformer's raw output (the velocity) for every row, in the type of the latents."""

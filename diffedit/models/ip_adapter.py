@@ -1,15 +1,18 @@
 """IP-Adapter: a picture as a prompt, by cross-attention of its own beside the text's.
 
 Ye et al. 2023, "IP-Adapter: Text Compatible Image Prompt Adapter for Text-to-Image Diffusion
-Models" (arXiv:2308.06721), eq. 5, for the UNets of Stable Diffusion and its XL. What it adds goes
-through attention terms, so that nothing of the denoiser is replaced and any number act together.
+Models" (arXiv:2308.06721), eq. 5, for the UNets of Stable Diffusion and its XL, and for Flux.1
+(XLabs AI 2024, "flux-ip-adapter"). What it adds goes through attention terms, so that nothing of
+the denoiser is replaced and any number act together.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +35,40 @@ from diffedit.rows import RowMap
 #: The folder beside an adapter's file that holds what it sees pictures with.
 ENCODER = "image_encoder"
 _KINDS = ("image_proj", "ip_adapter")
+#: How XLabs calls what others do.
+_OTHERWISE = (
+    (re.compile(r"^ip_adapter_proj_model\."), "image_proj."),
+    (re.compile(r"^double_blocks\.(\d+)\.processor\.ip_adapter_double_stream_([kv])_proj\."),
+     r"ip_adapter.\1.to_\2_ip."),
+)  # fmt: skip
+#: Weights of a linear layer: its matrix, and what is added.
+Linear = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the adapters of a family act.
+
+    Attributes:
+        modules: the attention modules by the numbers that files call them by, and of each the shape
+            of the matrices that make keys and values of tokens.
+        biased: whether something is added to these.
+        black: guidance leads away from a black picture, and not from what says nothing.
+        late: as in `attention.Beside`.
+    """
+
+    modules: Mapping[int, tuple[str, tuple[int, ...]]]
+    biased: bool = False
+    black: bool = False
+    late: bool = False
+
+
+def of_unet(unet: Any) -> Places:
+    """Files count all attention modules, of which every other is cross."""
+    cross = [name for name in unet.attn_processors if not name.endswith("attn1.processor")]
+    sites = [name.removesuffix(".processor") for name in cross]
+    shapes = [holding.unpacked(unet.get_submodule(site).to_k.weight) for site in sites]
+    return Places({2 * n + 1: one for n, one in enumerate(zip(sites, shapes, strict=True))})
 
 
 class IPAdapter:
@@ -41,31 +78,40 @@ class IPAdapter:
         projection: makes the tokens that are attended to of what the encoder sees.
         encoder: sees pictures.
         keys_values: weights that make keys and values of tokens, by attention module.
+        black, late: as in `Places`.
     """
 
     def __init__(
         self,
         projection: torch.nn.Module,
         encoder: torch.nn.Module,
-        keys_values: Mapping[str, tuple[Tensor, Tensor]],
+        keys_values: Mapping[str, tuple[Linear, Linear]],
+        black: bool = False,
+        late: bool = False,
     ) -> None:
         self.projection, self.encoder, self.keys_values = projection, encoder, keys_values
+        self.black, self.late = black, late
         config: Any = encoder.config
         self.processor = CLIPImageProcessor(size=config.image_size, crop_size=config.image_size)
 
     def seen(self, rgb: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
         """What the encoder sees of a picture ``(h, w, 3)``, uint8, and of none at all."""
-        weight = next(self.encoder.parameters())
-        pixels = self.processor(Image.fromarray(rgb), return_tensors="pt").pixel_values
-        pixels = pixels.to(weight.device, weight.dtype)
+        pixels = self._pixels(rgb)
         if isinstance(self.projection, ImageProjection):  # the other kinds see patches
             whole: Tensor = self.encoder(pixels).image_embeds
+            if self.black:
+                return whole, self.encoder(self._pixels(np.zeros_like(rgb))).image_embeds
             return whole, torch.zeros_like(whole)
         patches, none = (
             self.encoder(one, output_hidden_states=True).hidden_states[-2]
             for one in (pixels, torch.zeros_like(pixels))
         )
         return patches, none
+
+    def _pixels(self, rgb: np.ndarray[Any, Any]) -> Tensor:
+        weight = next(self.encoder.parameters())
+        pixels = self.processor(Image.fromarray(rgb), return_tensors="pt").pixel_values
+        return cast(Tensor, pixels.to(weight.device, weight.dtype))
 
     def term(
         self,
@@ -108,7 +154,7 @@ class IPAdapter:
     ) -> Beside:
         heads = qkv.q.shape[1]
         k, v = (
-            F.linear(tokens, one).unflatten(2, (heads, -1)).transpose(1, 2)
+            F.linear(tokens, *one).unflatten(2, (heads, -1)).transpose(1, 2)
             for one in self.keys_values[site.name]
         )
         where = None
@@ -117,11 +163,11 @@ class IPAdapter:
         if any(row.reference is not None for row in site.rows.keys):  # they are what they are
             canvas = site.rows.is_canvas(k.device)[:, None, None, None].to(qkv.q)
             where = canvas if where is None else where * canvas
-        return Beside(k, v, weight, where)
+        return Beside(k, v, weight, where, self.late)
 
 
 def at_tokens(mask: Tensor, tokens: int) -> Tensor:
-    """A mask ``(1, 1, h, w)`` at the tokens of one level of a UNet: ``(1, 1, tokens)``.
+    """A mask ``(1, 1, h, w)`` at the tokens of one level of a denoiser: ``(1, 1, tokens)``.
 
     Each level halves the sides, rounded up.
     """
@@ -137,16 +183,18 @@ def at_tokens(mask: Tensor, tokens: int) -> Tensor:
 
 def load_ip_adapter(
     source: str,
-    unet: Any,
+    denoiser: Any,
+    places: Places,
     encoder: str | None,
     own: torch.nn.Module | None,
     load: Callable[[str, Callable[[], Any]], Any],
 ) -> IPAdapter:
-    """Load an adapter for a UNet.
+    """Load an adapter for a denoiser.
 
     Args:
         source: its ``.safetensors`` file.
-        unet: that it is to act on.
+        denoiser: that it is to act on.
+        places: where in that.
         encoder: folder of the image encoder it was trained with; None: ``image_encoder`` beside
             the file, or beside its folder.
         own: the image encoder that the loaded model brings itself, for want of another.
@@ -157,12 +205,11 @@ def load_ip_adapter(
     """
     file = weights_file(source, beside=ENCODER)
     parts = _read(file)
-    cross = [name for name in unet.attn_processors if not name.endswith("attn1.processor")]
-    keys_values = _keys_values(file, parts["ip_adapter"], cross, unet)
+    keys_values = _keys_values(file, parts["ip_adapter"], places, denoiser)
     where = _encoder(file, encoder)
     if where is not None:
         folder = str(where)
-        sees = load(f"image encoder:{folder}", lambda: _load_encoder(folder, unet))
+        sees = load(f"image encoder:{folder}", lambda: _load_encoder(folder, denoiser))
     elif own is not None:
         sees = own
     else:
@@ -170,7 +217,8 @@ def load_ip_adapter(
             f"{file}: no folder {ENCODER} beside it: name the image encoder that it was trained"
             " with (ip_adapter: encoder)"
         )
-    return IPAdapter(_projection(file, parts["image_proj"], unet, sees), sees, keys_values)
+    projection = _projection(file, parts["image_proj"], denoiser, sees)
+    return IPAdapter(projection, sees, keys_values, places.black, places.late)
 
 
 def _read(file: Path) -> dict[str, dict[str, Tensor]]:
@@ -178,7 +226,10 @@ def _read(file: Path) -> dict[str, dict[str, Tensor]]:
     parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in _KINDS}
     with safe_open(file, framework="pt", device="cpu") as opened:
         for key in opened.keys():  # noqa: SIM118 - not a mapping
-            kind, _, rest = key.partition(".")
+            named = key
+            for theirs, ours in _OTHERWISE:
+                named = theirs.sub(ours, named)
+            kind, _, rest = named.partition(".")
             if kind in parts:
                 parts[kind][rest] = opened.get_tensor(key)
     if not all(parts.values()):
@@ -189,24 +240,28 @@ def _read(file: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def _keys_values(
-    file: Path, weights: Mapping[str, Tensor], cross: list[str], unet: Any
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """The weights by attention module; files count all modules, of which every other is cross."""
-    found = {}
-    like = _like(unet)
-    for number, name in enumerate(cross):
-        site = name.removesuffix(".processor")
-        pair = [weights.get(f"{2 * number + 1}.to_{part}_ip.weight") for part in "kv"]
-        wanted = unet.get_submodule(site).to_k.weight.shape
-        for one in pair:
-            if one is None or one.shape != wanted:
-                its = "nothing" if one is None else "x".join(map(str, one.shape))
-                raise ModelError(
-                    f"{file}: this IP-Adapter was made for another model: for {site} it has {its},"
-                    f" the loaded model's is {'x'.join(map(str, wanted))}"
-                )
-        found[site] = cast(tuple[Tensor, Tensor], tuple(one.to(**like) for one in pair))  # type: ignore[union-attr]
-    if len(weights) > 2 * len(found) and any(".to_k_ip" in k for k in _beyond(weights, len(found))):
+    file: Path, weights: Mapping[str, Tensor], places: Places, denoiser: Any
+) -> dict[str, tuple[Linear, Linear]]:
+    """The weights by attention module."""
+    like, found = _like(denoiser), {}
+    for number, (site, shape) in places.modules.items():
+        wanted = {"weight": tuple(shape)} | ({"bias": (shape[0],)} if places.biased else {})
+        pair: list[Linear] = []
+        for part in "kv":
+            one = {kind: weights.get(f"{number}.to_{part}_ip.{kind}") for kind in wanted}
+            for kind, its in one.items():
+                if its is None or its.shape != wanted[kind]:
+                    has = "nothing" if its is None else "x".join(map(str, its.shape))
+                    raise ModelError(
+                        f"{file}: this IP-Adapter was made for another model: for {site} it has"
+                        f" {has}, the loaded model's is {'x'.join(map(str, wanted[kind]))}"
+                    )
+            matrix, bias = (one.get(kind) for kind in ("weight", "bias"))
+            assert matrix is not None
+            pair.append((matrix.to(**like), None if bias is None else bias.to(**like)))
+        found[site] = pair[0], pair[1]
+    last = max(places.modules)
+    if any(".to_k_ip" in key and int(key.partition(".")[0]) > last for key in weights):
         raise ModelError(
             f"{file}: this IP-Adapter was made for another model: it has weights for more"
             f" attention modules than the loaded model's {len(found)}"
@@ -214,12 +269,8 @@ def _keys_values(
     return found
 
 
-def _beyond(weights: Mapping[str, Tensor], count: int) -> list[str]:
-    return [key for key in weights if int(key.partition(".")[0]) > 2 * count]
-
-
 def _projection(
-    file: Path, weights: dict[str, Tensor], unet: Any, encoder: torch.nn.Module
+    file: Path, weights: dict[str, Tensor], denoiser: Any, encoder: torch.nn.Module
 ) -> torch.nn.Module:
     if "norm.weight" in weights and "proj.3.weight" not in weights and "proj.weight" not in weights:
         raise ModelError(
@@ -228,9 +279,9 @@ def _projection(
         )
     try:
         with torch.random.fork_rng(devices=[]):  # it is made of random numbers first
-            make = unet._convert_ip_adapter_image_proj_to_diffusers
+            make = denoiser._convert_ip_adapter_image_proj_to_diffusers
             made: torch.nn.Module = make(weights, low_cpu_mem_usage=False)
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, ValueError, RuntimeError) as error:
         said = first_line(error)
         raise ModelError(f"{file}: not an IP-Adapter that is known ({said})") from error
     config: Any = encoder.config
@@ -241,12 +292,12 @@ def _projection(
             f"{file}: this IP-Adapter was trained with another image encoder: it takes"
             f" {wanted.shape[1]} numbers, and this one gives {width}"
         )
-    return made.to(**_like(unet)).eval().requires_grad_(False)
+    return made.to(**_like(denoiser)).eval().requires_grad_(False)
 
 
-def _like(unet: Any) -> dict[str, Any]:
-    """Where a UNet is, and what it computes in."""
-    return {"device": holding.where(unet), "dtype": holding.computing(unet)}
+def _like(denoiser: Any) -> dict[str, Any]:
+    """Where a denoiser is, and what it computes in."""
+    return {"device": holding.where(denoiser), "dtype": holding.computing(denoiser)}
 
 
 def _encoder(file: Path, named: str | None) -> Path | None:
@@ -259,7 +310,7 @@ def _encoder(file: Path, named: str | None) -> Path | None:
     return next((one for one in beside if (one / "config.json").is_file()), None)
 
 
-def _load_encoder(folder: str, unet: Any) -> torch.nn.Module:
-    like = _like(unet)
+def _load_encoder(folder: str, denoiser: Any) -> torch.nn.Module:
+    like = _like(denoiser)
     made = loading.pretrained(CLIPVisionModelWithProjection, folder, dtype=like["dtype"])
     return cast(torch.nn.Module, made.to(like["device"]).eval().requires_grad_(False))

@@ -24,6 +24,7 @@ from diffedit.images import Picture
 from diffedit.models import control, holding, hub
 from diffedit.models.autoencoder import drawn, grain
 from diffedit.models.compiled import Compiled
+from diffedit.models.ip_adapter import Places, load_ip_adapter
 from diffedit.models.lora import Additions, LoRA, components, load_lora, own_loras
 from diffedit.models.preview import Look
 from diffedit.models.protocol import ModelInput, Residuals
@@ -305,14 +306,22 @@ class PipelineModel:
     def load_ip_adapter(
         self, source: str, encoder: str | None, load: Callable[[str, Callable[[], Any]], Any]
     ) -> Any:
-        """Refuse: families that have such adapters say how they act."""
-        raise lacking("an image prompt", ["image_prompt"], self.capabilities)
+        """Load an IP-Adapter; see `models.ip_adapter.load_ip_adapter`."""
+        if "image_prompt" not in self.capabilities:
+            raise lacking("an image prompt", ["image_prompt"], self.capabilities)
+        own = getattr(self.pipe, "image_encoder", None)
+        return load_ip_adapter(source, self.denoiser, self._looks(), encoder, own, load)
 
     def image_prompt(
         self, adapter: Any, picture: Picture, weight: float, mask: Tensor | None = None
     ) -> Addition:
-        """Refuse: families that have such adapters say how they act."""
-        raise lacking("an image prompt", ["image_prompt"], self.capabilities)
+        """The attention to a picture, beside that to the text."""
+        rgb = (picture.rgb() * 255).round().astype(np.uint8)
+        return cast(Addition, adapter.term(rgb, weight, mask))
+
+    def _looks(self) -> Places:
+        """Where IP-Adapters of the family act."""
+        raise NotImplementedError
 
     def control_roles(self, net: Any) -> frozenset[str]:
         """Roles of channels that a control network takes besides the hint."""

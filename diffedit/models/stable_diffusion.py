@@ -9,17 +9,14 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
-import numpy as np
 import torch
 from diffusers import ControlNetModel, StableDiffusionPipeline, T2IAdapter
 from torch import Tensor
 
-from diffedit.attention import Addition
-from diffedit.images import Picture
 from diffedit.models import loading
 from diffedit.models.clip import RAGGED, Clip, read
 from diffedit.models.control import InMode, OfHoles, own_control
-from diffedit.models.ip_adapter import IPAdapter, load_ip_adapter
+from diffedit.models.ip_adapter import Places, of_unet
 from diffedit.models.pipeline import HINTS, PipelineModel
 from diffedit.models.protocol import Conditioning, ModelInput, Residuals
 from diffedit.models.textual_inversion import Word, load_word, teach
@@ -141,18 +138,8 @@ class StableDiffusion(PipelineModel):
         self._felt = [(net, hint, weight, felt), *self._felt[: HINTS - 1]]
         return felt
 
-    def load_ip_adapter(
-        self, source: str, encoder: str | None, load: Callable[[str, Callable[[], Any]], Any]
-    ) -> IPAdapter:
-        """Load an IP-Adapter; see `models.ip_adapter.load_ip_adapter`."""
-        own = getattr(self.pipe, "image_encoder", None)
-        return load_ip_adapter(source, self.unet, encoder, own, load)
-
-    def image_prompt(
-        self, adapter: IPAdapter, picture: Picture, weight: float, mask: Tensor | None = None
-    ) -> Addition:
-        """Cross-attention to a picture, beside that to the text."""
-        return adapter.term((picture.rgb() * 255).round().astype(np.uint8), weight, mask)
+    def _looks(self) -> Places:
+        return of_unet(self.unet)
 
     def _told(self, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Any]:
         """The arguments by which UNets and ControlNets learn what is wanted."""

@@ -31,22 +31,49 @@ def write(folder: Path, unet: Any, kind: str = "plain", seed: int = 0) -> Path:
             for part in "kv":
                 key = f"ip_adapter.{2 * number + 1}.to_{part}_ip.weight"
                 weights[key] = 0.3 * torch.randn(inner, width)
-        encoder = CLIPVisionModelWithProjection(
-            CLIPVisionConfig(
-                hidden_size=HIDDEN,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                image_size=SIDE,
-                patch_size=8,
-                projection_dim=PROJECTED,
-            )
-        )
+        encoder = _encoder()
     folder.mkdir(parents=True, exist_ok=True)
     encoder.save_pretrained(folder / "image_encoder")
     file = folder / f"ip-adapter-{kind}.safetensors"
     save_file({key: value.contiguous() for key, value in weights.items()}, file)
     return file
+
+
+def write_for_flux(folder: Path, transformer: Any, seed: int = 0, theirs: bool = True) -> Path:
+    """Write an adapter for a Flux, in XLabs' names or in those of diffusers; returns its file."""
+    width, inner = transformer.config.joint_attention_dim, transformer.inner_dim
+    projection = "ip_adapter_proj_model" if theirs else "image_proj"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        weights = {f"{projection}.{k}": v for k, v in _projection("plain", width).items()}
+        for number in range(transformer.config.num_layers):
+            for part in "kv":
+                name = f"ip_adapter.{number}.to_{part}_ip"
+                if theirs:
+                    block = f"double_blocks.{number}.processor"
+                    name = f"{block}.ip_adapter_double_stream_{part}_proj"
+                weights[f"{name}.weight"] = 0.3 * torch.randn(inner, width)
+                weights[f"{name}.bias"] = 0.3 * torch.randn(inner)
+        encoder = _encoder()
+    folder.mkdir(parents=True, exist_ok=True)
+    encoder.save_pretrained(folder / "image_encoder")
+    file = folder / "ip-adapter.safetensors"
+    save_file({key: value.contiguous() for key, value in weights.items()}, file)
+    return file
+
+
+def _encoder() -> CLIPVisionModelWithProjection:
+    return CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=HIDDEN,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=SIDE,
+            patch_size=8,
+            projection_dim=PROJECTED,
+        )
+    )
 
 
 def _projection(kind: str, width: int) -> dict[str, Tensor]:
