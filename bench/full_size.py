@@ -28,8 +28,8 @@ import transformers
 from PIL import Image
 
 from bench import measure
+from bench.races import COVERED, photograph, square_mask
 from bench.sizes import MODELS, SEED, made
-from bench.speed import COVERED, photograph, square_mask
 from diffedit import Edit, Editor, Pass
 from diffedit_img2img import Img2Img
 from diffedit_inpaint import Inpaint

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import full_size, measure, offload, sizes, speed, training
+from bench import full_size, measure, offload, races, report, sizes, speed, training
 from bench.measure import Contestant, Ratio
+from bench.report import Report
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> list[speed.Report]:
+def reports(tmp_path_factory: pytest.TempPathFactory) -> list[Report]:
     out = tmp_path_factory.mktemp("bench") / "out.json"
     said = ["--what", "inpaint,img2img,nothing,bf16,engine", "--model", "nano", "--side", "128"]
     threads = torch.get_num_threads()  # several, on a busy machine, wait for each other
@@ -28,29 +29,33 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[speed.Report]:
     return found
 
 
-def works(report: speed.Report) -> list[str]:
+def works(report: Report) -> list[str]:
     return [one["work"] for one in report.data["contestants"]]
 
 
-def test_both_sides_of_inpainting_do_the_work_of_the_same_crop(reports: list[speed.Report]) -> None:
+def test_both_sides_of_inpainting_do_the_work_of_the_same_crop(
+    reports: list[Report],
+) -> None:
     ours, full, crop = works(reports[0])
     assert ours.startswith("2 × 2×4×14×14; VAE 1 in, 1 out")
     assert crop.split(";")[0] == ours.split(";")[0]
     assert full.startswith("2 × 2×4×16×16")
 
 
-def test_both_sides_of_image_to_image_do_the_same_work(reports: list[speed.Report]) -> None:
+def test_both_sides_of_image_to_image_do_the_same_work(reports: list[Report]) -> None:
     assert set(works(reports[1])) == {"1 × 2×4×16×16; VAE 1 in, 1 out"}
 
 
-def test_both_sides_of_a_picture_from_nothing_do_the_same_work(reports: list[speed.Report]) -> None:
+def test_both_sides_of_a_picture_from_nothing_do_the_same_work(
+    reports: list[Report],
+) -> None:
     (work,) = set(works(reports[2]))
     assert work.startswith("4 × 2×4×")  # twice the steps, guided
     assert work.endswith("VAE 0 in, 1 out")
 
 
 def test_lower_precision_makes_another_picture_by_the_same_work(
-    reports: list[speed.Report],
+    reports: list[Report],
 ) -> None:
     exact, rough, *_ = works(reports[3])
     assert exact == rough
@@ -58,7 +63,7 @@ def test_lower_precision_makes_another_picture_by_the_same_work(
     assert "inf" not in reports[3].notes[0]
 
 
-def test_the_engine_is_measured_with_every_kind_of_edit(reports: list[speed.Report]) -> None:
+def test_the_engine_is_measured_with_every_kind_of_edit(reports: list[Report]) -> None:
     assert {"no edit", "inpaint (keep)", "a refine"} < set(reports[4].data)
 
 
@@ -96,9 +101,9 @@ def test_a_command_that_fails_is_not_measured(tmp_path: Path) -> None:
 
 
 def test_the_mask_covers_what_it_says() -> None:
-    mask = speed.square_mask(768)
+    mask = races.square_mask(768)
     white = sum(mask.convert("1").histogram()[255:])
-    assert white / 768**2 == pytest.approx(speed.COVERED, rel=0.01)
+    assert white / 768**2 == pytest.approx(races.COVERED, rel=0.01)
 
 
 def test_the_readme_takes_the_tables_and_keeps_the_rest(
@@ -106,8 +111,8 @@ def test_the_readme_takes_the_tables_and_keeps_the_rest(
 ) -> None:
     copy = tmp_path / "README.md"
     copy.write_text("a\n<!-- results -->\nold\n<!-- /results -->\nb\n", "utf-8")
-    monkeypatch.setattr(speed, "README", copy)
-    speed._into_readme("new")
+    monkeypatch.setattr(report, "README", copy)
+    report.into_readme("new")
     assert copy.read_text("utf-8") == "a\n<!-- results -->\n\nnew\n<!-- /results -->\nb\n"
 
 
