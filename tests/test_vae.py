@@ -192,6 +192,18 @@ def test_one_that_does_not_fit(tmp_path: Path) -> None:
     refused(model, tmp_path / "flux.safetensors", "flux.safetensors: cannot be loaded|no autoenc")
 
 
+def test_one_of_other_models_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Those of Stable Diffusion and of its XL differ in their weights and in their scales alone."""
+    model = saved(SD, tmp_path / "model")
+    vae = another(SD.pipeline().vae)
+    for scale, said in ((vae.config.scaling_factor, False), (0.13025, True)):
+        caplog.clear()
+        vae.register_to_config(scaling_factor=scale)
+        vae.save_pretrained(tmp_path / "vae")
+        Editor.load(model, device="cpu", vae=tmp_path / "vae")
+        assert ("by 0.13025 and 0, the model's own autoencoder by 0.18215" in caplog.text) == said
+
+
 def test_one_that_is_none(tmp_path: Path) -> None:
     model = saved(SD, tmp_path / "model")
     (tmp_path / "empty").mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +13,8 @@ from torch import Tensor
 from diffedit.errors import ModelError, nearest
 from diffedit.models import hub, loading, single_file
 from diffedit.models.files import header, read_json, some
+
+log = logging.getLogger(__name__)
 
 #: Small ones that were distilled from those of a class, and make latents of the same kind.
 SMALL = {"AutoencoderKL": "AutoencoderTiny"}
@@ -84,6 +87,16 @@ def load_autoencoder(source: str, model: str, config: str | None, dtype: torch.d
             f"{source}: does not fit the model: its latents have {channels} channels and cells of"
             f" {cell} pixels, those that the denoiser takes have {wanted} and cells of"
             f" {wanted_cell}"
+        )
+    scales = [(one["scaling_factor"], one.get("shift_factor") or 0) for one in (its, own)
+              if one.get("scaling_factor")]  # fmt: skip
+    if name == takes and len(set(scales)) > 1:
+        log.warning(
+            "%s: scales and shifts its latents by %g and %g, the model's own autoencoder by %g and"
+            " %g: it may be one for other models",
+            source,
+            *scales[0],
+            *scales[1],
         )
     return loading.pretrained(_class(str(name)), str(path), dtype=dtype)
 
