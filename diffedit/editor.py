@@ -58,7 +58,8 @@ class Editor:
         self._lock = threading.Lock()
         self._resources: dict[str, Any] = {}
         self._embeddings = Embeddings()
-        self._max_memory: int | str | None = None
+        #: With which the models that passes name are loaded, too.
+        self._loading: Mapping[str, Any] = {}
 
     @classmethod
     def load(
@@ -94,7 +95,7 @@ class Editor:
             max_memory=max_memory,
         )
         editor = cls(model, found, os.fspath(source))
-        editor._max_memory = max_memory
+        editor._loading = {"max_memory": max_memory, "variant": variant}
         return editor
 
     @property
@@ -220,9 +221,7 @@ class Editor:
         dtype: Any = "float8" if narrow else own.dtype
         model: LatentModel = self._resource(
             f"model:{source}",
-            lambda: loading.load(
-                source, families, device=own.device, dtype=dtype, max_memory=self._max_memory
-            ),
+            lambda: loading.load(source, families, device=own.device, dtype=dtype, **self._loading),
         )
 
         def load(key: str, loader: Callable[[], Any]) -> Any:

@@ -125,6 +125,25 @@ def test_a_variant_is_fetched_where_there_is_one(server: Hub) -> None:
     assert "vae/diffusion_pytorch_model.safetensors" in fetched
 
 
+def test_a_variant_is_named_on_the_command_line_and_holds_for_the_models_of_passes(
+    server: Hub, folders: list[Path], tmp_path: Path
+) -> None:
+    server.push("someone/refiner", folders[1])
+    file, out = tmp_path / "two.yaml", str(tmp_path / "out.png")
+    first, second = (
+        "{prompt: x, steps: 2, stop: 0.5}",
+        "{prompt: x, steps: 2, model: someone/refiner}",
+    )
+    file.write_text(
+        f"diffedit: 1\nmodel: {NAME}\nsize: 64x64\npasses:\n  - {first}\n  - {second}\n"
+    )
+    assert main(["run", str(file), "-o", out, "--variant", "fp16", "--device", "cpu"]) == 0
+    for name in (NAME, "someone/refiner"):
+        asked = [path for _, path, _ in server.asked if path.startswith(f"/{name}/resolve/")]
+        assert any(path.endswith("unet/diffusion_pytorch_model.fp16.safetensors") for path in asked)
+        assert not any(path.endswith(UNET) for path in asked)
+
+
 def test_shards_are_fetched_with_their_index(server: Hub, tmp_path: Path) -> None:
     folder = tmp_path / "sharded"
     pipe: Any = tiny_pipeline()

@@ -47,6 +47,11 @@ def shared_options(command: Command) -> Command:
                 " CPU, else float16]",
             ),
             click.option(
+                "--variant",
+                help="Which weights of a model that has several, such as fp16. [default: those"
+                " without a name]",
+            ),
+            click.option(
                 "--vae",
                 help="Another autoencoder than the model's own: a folder, a .safetensors file or a"
                 " hub id.",
@@ -111,6 +116,7 @@ def edit(
     device: str | None,
     dtype: str | None,
     as_json: bool,
+    variant: str | None,
     vae: str | None,
     max_memory: str | None,
     config: str | None,
@@ -124,7 +130,8 @@ def edit(
     if said["prompt"] is None and not edits:
         raise InputError("nothing to do: give --prompt, --edit or both")
     workflow = workflow_of(edits, **said)
-    loading = {"device": device, "dtype": dtype, "vae": vae, "max_memory": max_memory}
+    loading = {"device": device, "dtype": dtype, "variant": variant, "vae": vae}
+    loading["max_memory"] = max_memory
     _do(workflow, image, output, overwrite, as_json, {**loading, "config": config})
 
 
@@ -150,6 +157,7 @@ def run(
     device: str | None,
     dtype: str | None,
     as_json: bool,
+    variant: str | None,
     vae: str | None,
     max_memory: str | None,
 ) -> None:
@@ -161,7 +169,8 @@ def run(
     from diffedit.workflow import Workflow
 
     loaded = Workflow.load(workflow, overrides=overrides)
-    loading = {"device": device, "dtype": dtype, "vae": vae, "max_memory": max_memory}
+    loading = {"device": device, "dtype": dtype, "variant": variant, "vae": vae}
+    loading["max_memory"] = max_memory
     _do(loaded, image, output, overwrite, as_json, loading, inputs=[workflow])
 
 
