@@ -22,6 +22,9 @@ from diffedit.box import Box
 from diffedit.errors import InputError
 from diffedit.images import Picture
 
+FAINT = 0.1
+"""Share of a latent cell's largest mask value below which a pixel counts as not covered."""
+
 
 class Frame(NamedTuple):
     """A region and the size it is worked on at.
@@ -175,18 +178,23 @@ class Canvas:
     def mask_to_latent(self, mask: Tensor, grid: int) -> Tensor:
         """How freely each latent cell may change under a mask ``(n, 1, H, W)``, in [0, 1].
 
-        A cell has the largest value of its pixels, times the fifth power of the share of it that
-        the mask covers. So one pixel is enough to release a cell, but what lies partly outside is
-        released late, when outlines are settled: what is made ends inside the mask, and the
-        paste-back cuts nothing off (of the seam that `bench/quality` measures, the fifth power
-        leaves 0.87 of what the square left, and the first power 1.07). The share is that of the
-        best covered cell around it: a stroke thinner than a cell is released at once.
+        A cell has the largest value of its pixels, times a power of the share of them that the mask
+        covers, be it white or grey. So one pixel is enough to release a cell, but what lies partly
+        outside is released late, when outlines are settled: what is made ends inside the mask, and
+        the paste-back cuts nothing off. The power is the fifth along masks that are wide, where it
+        leaves 0.87 of the seam that the square leaves (`bench/quality`), and the square on narrow
+        ones, which would else keep much of what they cover. The share is that of the best covered
+        cell around it: a stroke thinner than a cell is released at once.
         """
         work = self.mask_to_work(mask)
         most = F.max_pool2d(work, grid)
-        share = F.avg_pool2d(work, grid) / most.clamp_min(1e-6)
+        # What an encoder of pictures leaves beside white is no grey.
+        covered = work > FAINT * F.interpolate(most, scale_factor=grid)
+        share = F.avg_pool2d(covered.to(work), grid)
         around = F.max_pool2d(share, 3, stride=1, padding=1)
-        return most * (share / around.clamp_min(1e-6)) ** 5
+        within = -F.max_pool2d(-(share > 1 - 0.5 / grid**2).to(work), 3, stride=1, padding=1)
+        wide = F.max_pool2d(within, 5, stride=1, padding=2)
+        return most * (share / around.clamp_min(1e-6)) ** (2 + 3 * wide)
 
     @property
     def region_pixels(self) -> Tensor:

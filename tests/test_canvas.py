@@ -124,6 +124,41 @@ def test_cells_that_are_masked_in_part_are_released_late_and_thin_strokes_at_onc
     assert int((cells > 0).sum()) == 12 + 14
 
 
+def test_of_a_small_mask_no_cell_is_held_to_the_end() -> None:
+    canvas = over((128, 128), [])
+    white = torch.zeros(1, 1, 128, 128)
+    white[..., 20:36, 20:36] = 1  # one whole cell, and halves and quarters around it
+    cells = canvas.mask_to_latent(white, GRID)[0, 0]
+    assert cells[3, 3] == 1
+    assert torch.allclose(cells[3, 2], torch.tensor(0.5**2))
+    assert torch.allclose(cells[2, 2], torch.tensor(0.25**2))
+    assert int((cells > 0).sum()) == 9
+
+
+@pytest.mark.parametrize("width", [16, 24, 32, 64, 100])
+@pytest.mark.parametrize("start", [0, 3, 8])
+def test_what_is_further_inside_a_soft_edge_is_released_no_later(width: int, start: int) -> None:
+    canvas = over((128, 128), [])
+    ramp = ((torch.arange(128.0) - start + 0.5) / width).clamp(0, 1)
+    cells = canvas.mask_to_latent(ramp.expand(1, 1, 128, 128).contiguous(), GRID)[0, 0, 8]
+    assert (cells.diff() >= 0).all()
+    # Greys are how late a pixel is to change, and no share of it.
+    last = canvas.mask_to_work(ramp.expand(1, 1, 128, 128).contiguous())[0, 0, 64]
+    whole = last.unflatten(0, (-1, GRID)).amax(-1)
+    assert torch.equal(cells[start // GRID + 1 :], whole[start // GRID + 1 :])
+
+
+def test_what_an_encoder_leaves_beside_white_is_no_grey() -> None:
+    canvas = over((128, 128), [])
+    white = torch.zeros(1, 1, 128, 128)
+    white[..., 16:76, 16:76] = 1
+    clean = canvas.mask_to_latent(white, GRID)
+    noisy = white.clone()
+    noisy[..., 76:80, 16:80] = 0.04
+    noisy[..., 16:80, 76:80] = 0.04
+    assert torch.equal(canvas.mask_to_latent(noisy, GRID), clean)
+
+
 def test_the_pictures_own_edge_is_no_edge_of_a_mask() -> None:
     canvas = over((77, 70), [])  # padded to 80x72
     assert (canvas.mask_to_latent(torch.ones(1, 1, 70, 77), GRID) == 1).all()
