@@ -22,7 +22,7 @@ from diffedit.errors import Busy, DiffeditError, InputError
 from diffedit.handover import Handover, Setting
 from diffedit.images import ImageSource, Picture, open_picture
 from diffedit.memory import exhausted, let_go, told
-from diffedit.models import loading
+from diffedit.models import devices, loading
 from diffedit.models.protocol import LatentModel
 from diffedit.passes import run_pass
 from diffedit.plugins import Plugins
@@ -95,7 +95,7 @@ class Editor:
             max_memory=max_memory,
         )
         editor = cls(model, found, os.fspath(source))
-        editor._loading = {"max_memory": max_memory, "variant": variant}
+        editor._loading = {"dtype": dtype, "max_memory": max_memory, "variant": variant}
         return editor
 
     @property
@@ -217,11 +217,11 @@ class Editor:
         if source is None or source == self.source:
             return setting
         families, own = self.plugins.families, self.model
-        narrow = str(own.info.get("weights", "")).startswith("float8")
-        dtype: Any = "float8" if narrow else own.dtype
+        asked = self._loading.get("dtype")
+        said = {**self._loading, "dtype": asked if asked in devices.NARROW else own.dtype}
         model: LatentModel = self._resource(
             f"model:{source}",
-            lambda: loading.load(source, families, device=own.device, dtype=dtype, **self._loading),
+            lambda: loading.load(source, families, device=own.device, **said),
         )
 
         def load(key: str, loader: Callable[[], Any]) -> Any:

@@ -117,10 +117,14 @@ def constituents(tensor: Tensor) -> list[Tensor]:
 
     As quantised weights do: such a one has a size and a type, and no memory.
     """
+    parts = [part for _, part in wrapped(tensor)]
+    return [one for part in parts for one in constituents(part)] if parts else [tensor]
+
+
+def wrapped(tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """The tensors that one wraps, by the names that it calls them by; none: it is one itself."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
-    if flatten is None:
-        return [tensor]
-    return [part for name in flatten()[0] for part in constituents(getattr(tensor, name))]
+    return [] if flatten is None else [(name, getattr(tensor, name)) for name in flatten()[0]]
 
 
 def version(tensor: Tensor) -> int:

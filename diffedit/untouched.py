@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffedit.errors import PluginError
-from diffedit.guard import constituents, tensors_in, version
+from diffedit.guard import constituents, tensors_in, version, wrapped
 
 
 class Untouched:
@@ -41,6 +41,8 @@ class Untouched:
             for t in kept.values()
             if t is not None
         }
+        #: What quantised weights wrap, and could wrap another in its place.
+        self.wrapped = [(t, name, part) for t in held.values() for name, part in wrapped(t)]
         self.grads = [(t, t.requires_grad) for t in held.values()]
         held = {id(part): part for t in held.values() for part in constituents(t)}
         # An alias, made by .data, keeps the old storage alive when a plugin swaps it for another.
@@ -89,6 +91,10 @@ class Untouched:
             if tensor.requires_grad != grad:
                 tensor.requires_grad_(grad)
                 left["requires_grad"] = None
+        for whole, name, part in self.wrapped:
+            if getattr(whole, name) is not part:
+                setattr(whole, name, part)
+                left["weights"] = None
         for tensor, data in self.weights:
             if tensor.data_ptr() != data.data_ptr() or tensor.dtype != data.dtype:
                 tensor.data = data

@@ -298,6 +298,9 @@ def test_on_flux_it_combines_and_leaves_the_model_as_it_was(tmp_path: Path) -> N
     assert torch.equal(flux_latents(editor, white), everywhere)
     there = flux_latents(editor, IPAdapter(model=file, image=CAT, mask=half()))
     assert not torch.equal(there, everywhere)
+    style = Style(image=CUP)
+    assert torch.equal(flux_latents(editor, white, style), flux_latents(editor, cat, style))
+    assert editor.model._queries is editor.model._sum is None  # type: ignore[attr-defined]
 
 
 def test_on_flux_nothing_of_a_call_that_failed_acts_in_the_next(tmp_path: Path) -> None:
@@ -309,6 +312,7 @@ def test_on_flux_nothing_of_a_call_that_failed_acts_in_the_next(tmp_path: Path) 
     with pytest.raises(ZeroDivisionError):
         flux_latents(editor, cat)
     fails.remove()
+    assert editor.model._queries is editor.model._sum is None  # type: ignore[attr-defined]
     assert torch.equal(flux_latents(editor), plain)
     assert torch.equal(flux_latents(editor, cat), shown)
 
@@ -317,22 +321,35 @@ def test_one_for_another_flux_is_refused(tmp_path: Path) -> None:
     editor = FLUX.editor()
     transformer = editor.model.denoiser  # type: ignore[attr-defined]
     whole = write_for_flux(tmp_path / "a", transformer)
-    unets_own = write(tmp_path / "b", SD.editor().model.denoiser)  # type: ignore[attr-defined]
-    for file, said in (
-        (altered(whole, stream_k_proj__bias=lambda w: None), "has nothing, the loaded model's is"),
-        (altered(whole, stream_v_proj__weight=lambda w: w[:-1]), "made for another model"),
-        (altered(whole, double_blocks__1=lambda w: None), "made for another model"),
-        (unets_own, "made for another model"),
-    ):
+
+    def halved(weight: torch.Tensor) -> torch.Tensor:
+        return weight[: len(weight) // 2]
+
+    def refused(file: Path, said: str) -> None:
         with pytest.raises(errors.ModelError, match=said):
             flux_latents(editor, IPAdapter(model=str(file), image=CAT))
+
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"stream_k_proj__bias": lambda w: None}, "has nothing, the loaded model's is 32"),
+        ({"stream_v_proj__weight": lambda w: w[:-1]}, "has 31x64, the loaded model's is 32x64"),
+        ({"double_blocks__1": lambda w: None}, "for transformer_blocks.1.attn it has nothing"),
+        ({"proj_model__proj": lambda w: w[:-8]}, "not an IP-Adapter that is known"),
+        ({"proj_model__proj__weight": lambda w: w[0, 0]}, "not an IP-Adapter that is known"),
+        (
+            {"proj_model__proj": halved, "proj_model__norm": halved},
+            "has 32 numbers to a token, the loaded model's attention takes 64",
+        ),
+    ]
+    for number, (change, said) in enumerate(changes):
+        file = altered(whole, **change)
+        refused(file.rename(tmp_path / "a" / f"{number}.safetensors"), said)
+    refused(write(tmp_path / "b", SD.editor().model.denoiser), "made for another model")  # type: ignore[attr-defined]
     weights = load_file(whole)
     more = {
         key.replace("double_blocks.0", "double_blocks.7"): w.clone() for key, w in weights.items()
     }
     save_file(weights | more, tmp_path / "a" / "more.safetensors")
-    with pytest.raises(errors.ModelError, match="for more attention modules than"):
-        flux_latents(editor, IPAdapter(model=str(tmp_path / "a" / "more.safetensors"), image=CAT))
+    refused(tmp_path / "a" / "more.safetensors", "for more attention modules than")
 
 
 def altered(file: Path, **changed: Any) -> Path:

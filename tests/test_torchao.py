@@ -18,7 +18,11 @@ from diffusers import TorchAoConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from skimage import data
-from torchao.quantization import Int8WeightOnlyConfig
+from torchao.quantization import (
+    Float8WeightOnlyConfig,
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+)
 
 from diffedit import Edit, Editor, Pass, errors
 from diffedit.cli import main
@@ -133,12 +137,18 @@ def test_what_a_plugin_writes_into_quantised_weights_is_put_back(place: Path) ->
     assert any(p.count_nonzero() for p in before["proj_out.weight"])
     denoiser: Any = next(iter(editor.model.parts()))
 
-    def spoils(run: Any) -> None:
+    def written_into(run: Any) -> None:
         with torch.no_grad():
             denoiser.proj_out.weight.qdata.zero_()
 
-    with pytest.raises(errors.PluginError, match=r"custom.*left the model changed \(weights\)"):
-        editor.run(None, PASS.model_copy(update={"edits": [Custom(parts=spoils)]}), size=(64, 64))
+    def swapped(run: Any) -> None:
+        weight = denoiser.proj_out.weight
+        weight.qdata = torch.zeros_like(weight.qdata)
+
+    for spoils in (written_into, swapped):
+        pass_ = PASS.model_copy(update={"edits": [Custom(parts=spoils)]})
+        with pytest.raises(errors.PluginError, match=r"custom.*left the model changed \(weights\)"):
+            editor.run(None, pass_, size=(64, 64))
     for name, parts in weights(editor).items():
         assert all(torch.equal(*pair) for pair in zip(parts, before[name], strict=True)), name
 
@@ -170,6 +180,15 @@ def rewritten(
 NAME = "transformer_blocks.0.attn.to_q"
 
 
+def told_of(**changed: Any) -> Callable[[dict[str, torch.Tensor], dict[str, str]], object]:
+    """Have a file say something else of how one of its weights is quantised."""
+
+    def spoil(tensors: dict[str, torch.Tensor], said: dict[str, str]) -> None:
+        said[f"{NAME}.weight"] = json.dumps(json.loads(said[f"{NAME}.weight"]) | changed)
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
@@ -183,6 +202,37 @@ NAME = "transformer_blocks.0.attn.to_q"
             lambda tensors, said: tensors.update({f"{NAME}.bias": torch.zeros(3)}),
             rf"its {NAME}\.bias is \[3\] where its configuration asks for \[32\]",
         ),
+        (
+            lambda tensors, said: tensors.update(
+                {f"{NAME}._weight_qdata": torch.zeros(3, 5, dtype=torch.int8)}
+            ),
+            rf"its {NAME}\._weight_qdata is \[3, 5\] where its configuration asks for \[32, 32\]",
+        ),
+        (
+            lambda tensors, said: tensors.update({f"{NAME}._weight_scale": torch.ones(1, 1)}),
+            rf"its {NAME}\._weight_scale is \[1, 1\] where its configuration asks for \[32, 1\]",
+        ),
+        (told_of(_type="MXTensor"), "is a MXTensor of torchao, which diffedit does not read"),
+        (told_of(_type=["Int8Tensor"]), "which diffedit does not read"),
+        (told_of(_tensor_data_names=7), f"how its {NAME}.weight is quantised is not whole"),
+        (told_of(_tensor_data_names=["scale"]), "is not whole"),
+        (told_of(_data=7), "is not whole"),
+        (told_of(_data={"block_size": [1, 32], "dtype": "float32"}), "is not whole"),
+        (told_of(_data={"block_size": [0, 32], "dtype": {"_data": "float32"}}), "is not whole"),
+        (told_of(_data={"block_size": [1, 32], "dtype": {"_data": "int8"}}), "is not whole"),
+        (
+            told_of(_data={"block_size": [32], "dtype": {"_data": "float32"}}),
+            r"is \[32, 1\] where its configuration asks for \[\]",
+        ),
+        (
+            lambda tensors, said: said.update({f"{NAME}.weight": "[" * 100_000}),
+            rf"lacks {NAME}\.weight",
+        ),
+        (
+            lambda tensors, said: said.update(tensor_names="[]"),
+            "is quantised, and not that it holds it",
+        ),
+        (lambda tensors, said: said.clear(), "does not say of its weights how torchao"),
     ],
 )
 def test_a_file_that_is_not_what_it_says(
@@ -206,11 +256,50 @@ def test_what_else_does_not_go_with_it_is_refused(
     with pytest.raises(errors.ModelError, match=r"vae.*quantised by torchao, which diffedit does"):
         Editor.load(folder, device="cpu")
     settings.write_text(json.dumps(config))
-    monkeypatch.setattr(torchao, "find_spec", lambda name: None)
+    monkeypatch.setattr(torchao, "_installed", lambda: False)
     line = ["edit", "-o", str(tmp_path / "a.png"), "-p", "x", "--size", "64x64", "--device", "cpu"]
     assert main([*line, "--model", str(folder)]) == 2
     (told,) = capsys.readouterr().err.strip().splitlines()
-    assert told.endswith("which is not installed: pip install 'diffedit[torchao]'")
+    assert told.endswith("0.16.0 or newer is not installed: pip install 'diffedit[torchao]'")
+
+
+def test_one_that_is_cut_off_is_named(folder: Path) -> None:
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    whole = file.read_bytes()
+    for size in (0, 5, 1000, len(whole) - 1000):
+        file.write_bytes(whole[:size])
+        with pytest.raises(errors.ModelError, match=rf"^{re.escape(str(file))}: (not a|cut off)"):
+            Editor.load(folder, device="cpu")
+
+
+def test_the_only_variant_is_taken(folder: Path) -> None:
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    made = Editor.load(folder, device="cpu").run(None, PASS, size=(64, 64)).pixels
+    file.rename(file.with_suffix(".fp16.safetensors"))
+    assert (Editor.load(folder, device="cpu").run(None, PASS, size=(64, 64)).pixels == made).all()
+
+
+@pytest.mark.parametrize("config", [Float8WeightOnlyConfig(), IntxWeightOnlyConfig()])
+def test_other_kinds_and_what_they_do_to_the_other_models_of_a_workflow(
+    config: Any, place: Path, tmp_path: Path
+) -> None:
+    to = tmp_path / "model"
+    shutil.copytree(place / FLUX.name, to, ignore=shutil.ignore_patterns("transformer"))
+    net = diffusers.FluxTransformer2DModel.from_pretrained(
+        place / FLUX.name / "transformer",
+        quantization_config=TorchAoConfig(config),
+        dtype=torch.bfloat16,
+    )
+    net.save_pretrained(to / "transformer")
+    editor = Editor.load(to, device="cpu")
+    made = editor.run(None, PASS, size=(64, 64), seed=7, compat=True).latents
+    assert made is not None
+    assert (made - sampled(theirs(FLUX, to, torch.bfloat16))).abs().max() == 0.0
+    first = Pass(prompt="x", steps=4, stop=0.3)
+    passes = [first, Pass(prompt="x", steps=4, model=str(place / FLUX.name))]
+    editor.run(None, passes, size=(64, 64))
+    (other,) = (one for key, one in editor._resources.items() if key.startswith("model:"))
+    assert (other.info["weights"], other.info["dtype"]) == ("bfloat16", "bfloat16")
 
 
 def test_another_type_than_theirs_is_told(place: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -140,6 +140,7 @@ class Session:
         if not self.owns(path):
             raise ForeignPath("that file is not in this session")
         with self._sessions.lock:
+            self._retired.pop(path.resolve(), None)
             self._pinned.add(path.resolve())
 
     def unpin(self, path: Path) -> None:

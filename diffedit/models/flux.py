@@ -221,12 +221,16 @@ class Flux(PipelineModel):
     def attending(self, transform: Transform) -> Iterator[None]:
         """While inside, every attention of the denoiser goes through `transform`."""
         with super().attending(transform), ExitStack() as undo:
-            self._queries = self._sum = None  # of a pass that failed within a block
+            undo.callback(self._rest)
             if "image_prompt" in self.capabilities:
                 for block in self.denoiser.transformer_blocks:
                     undo.callback(block.attn.norm_q.register_forward_hook(self._asked).remove)
                     undo.callback(block.register_forward_hook(self._block_ends).remove)
             yield
+
+    def _rest(self) -> None:
+        """Keep nothing of the present block, which may have failed."""
+        self._queries = self._sum = None
 
     def _asked(self, norm: Any, given: Any, queries: Tensor) -> None:
         """Keep a block's queries, ``(rows, tokens, heads, d)``, before they are turned."""
@@ -239,15 +243,18 @@ class Flux(PipelineModel):
         total = torch.zeros_like(self._queries.flatten(2))
         for one in beside:
             seen = F.scaled_dot_product_attention(q, one.k, one.v).transpose(1, 2).flatten(2)
-            if one.mask is not None:  # of the picture: a reference after it is left alone
-                rest = seen.shape[1] - one.mask.shape[2]
-                seen = seen * F.pad(one.mask[:, 0], (0, 0, 0, rest))
+            if one.mask is not None:
+                where = one.mask[:, 0]
+                if where.shape[1] > 1:  # it is of the picture: a reference after it is left alone
+                    where = F.pad(where, (0, 0, 0, seen.shape[1] - where.shape[1]))
+                seen = seen * where
             total = total + one.weight * seen
         self._sum = total
 
     def _block_ends(self, block: Any, given: Any, made: tuple[Tensor, Tensor]) -> Any:
         text, tokens = made
-        total, self._sum, self._queries = self._sum, None, None
+        total = self._sum
+        self._rest()
         return made if total is None else (text, tokens + total)
 
     def _looks(self) -> Places:

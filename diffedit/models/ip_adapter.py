@@ -217,7 +217,7 @@ def load_ip_adapter(
             f"{file}: no folder {ENCODER} beside it: name the image encoder that it was trained"
             " with (ip_adapter: encoder)"
         )
-    projection = _projection(file, parts["image_proj"], denoiser, sees)
+    projection = _projection(file, parts["image_proj"], places, denoiser, sees)
     return IPAdapter(projection, sees, keys_values, places.black, places.late)
 
 
@@ -261,7 +261,8 @@ def _keys_values(
             pair.append((matrix.to(**like), None if bias is None else bias.to(**like)))
         found[site] = pair[0], pair[1]
     last = max(places.modules)
-    if any(".to_k_ip" in key and int(key.partition(".")[0]) > last for key in weights):
+    numbers = [key.partition(".")[0] for key in weights if ".to_k_ip" in key]
+    if any(one.isdecimal() and int(one) > last for one in numbers):
         raise ModelError(
             f"{file}: this IP-Adapter was made for another model: it has weights for more"
             f" attention modules than the loaded model's {len(found)}"
@@ -270,7 +271,11 @@ def _keys_values(
 
 
 def _projection(
-    file: Path, weights: dict[str, Tensor], denoiser: Any, encoder: torch.nn.Module
+    file: Path,
+    weights: dict[str, Tensor],
+    places: Places,
+    denoiser: Any,
+    encoder: torch.nn.Module,
 ) -> torch.nn.Module:
     if "norm.weight" in weights and "proj.3.weight" not in weights and "proj.weight" not in weights:
         raise ModelError(
@@ -281,7 +286,14 @@ def _projection(
         with torch.random.fork_rng(devices=[]):  # it is made of random numbers first
             make = denoiser._convert_ip_adapter_image_proj_to_diffusers
             made: torch.nn.Module = make(weights, low_cpu_mem_usage=False)
-    except (AttributeError, KeyError, ValueError, RuntimeError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         said = first_line(error)
         raise ModelError(f"{file}: not an IP-Adapter that is known ({said})") from error
     config: Any = encoder.config
@@ -291,6 +303,13 @@ def _projection(
         raise ModelError(
             f"{file}: this IP-Adapter was trained with another image encoder: it takes"
             f" {wanted.shape[1]} numbers, and this one gives {width}"
+        )
+    ends: Any = made.norm if hasattr(made, "norm") else made.norm_out  # every kind ends so
+    its, takes = ends.normalized_shape[0], next(iter(places.modules.values()))[1][1]
+    if its != takes:
+        raise ModelError(
+            f"{file}: this IP-Adapter was made for another model: what it makes of a picture has"
+            f" {its} numbers to a token, the loaded model's attention takes {takes}"
         )
     return made.to(**_like(denoiser)).eval().requires_grad_(False)
 

@@ -230,9 +230,11 @@ def components(cls: Any, source: str, **options: Any) -> Any:
             if own := parts.quantised(path, variant):
                 if storage is not None:
                     raise ModelError(f"{source}: held in few bits already: leave out dtype float8")
-                dtype = {**dtype, "default": own} if isinstance(dtype, dict) else own
+                dtype = {**dtype, "default": own[1]} if isinstance(dtype, dict) else own[1]
             made = parts.check_folder(path, cls, variant, set(options), dtype)
             options |= parts.encoders(path, cls, variant, options, dtype)
+            if own:
+                options[own[0]] = parts.read_quantised(path, own[0], variant, own[1])
             options |= {name: parts.filled(one) for name, one in made.items()}
             said = {"variant": variant, "use_safetensors": True}
             pipe = cls.from_pretrained(path, dtype=dtype, **options, **said)

@@ -167,18 +167,29 @@ def check_part(
     return None
 
 
-def quantised(folder: Path, variant: str | None) -> torch.dtype | None:
-    """The type that the denoiser of a model's folder was quantised to compute in; None: it is not.
+def quantised(folder: Path, variant: str | None) -> tuple[str, torch.dtype] | None:
+    """The denoiser of a model's folder if it is quantised, and the type that it computes in.
 
     The weights are of that type for good: what they are multiplied with has to be, too.
+
+    Raises:
+        ModelError: its files do not say how.
     """
     for name in DENOISERS:
         settings = folder / name / "config.json"
         said = read_json(settings).get("quantization_config") if settings.is_file() else None
         if method_of(said) == torchao.METHOD:
             files = weights(settings.parent, STEMS["diffusers"], variant)
-            return torchao.computing(files)
+            return name, torchao.computing(files)
     return None
+
+
+def read_quantised(folder: Path, name: str, variant: str | None, dtype: torch.dtype) -> Any:
+    """A quantised denoiser of a model's folder that was checked."""
+    cls = _today(find_class(*named(read_json(folder / "model_index.json"))[name]), folder / name)
+    kind = variant_of(weights(folder / name, STEMS["diffusers"], variant)[0].name)
+    said = {} if kind is None else {"variant": kind}
+    return cls.from_pretrained(folder / name, dtype=dtype, use_safetensors=True, **said)
 
 
 def method_of(said: Any) -> str | None:
@@ -350,5 +361,6 @@ __all__ = [
     "own_code",
     "quantised",
     "read",
+    "read_quantised",
     "shapes",
 ]

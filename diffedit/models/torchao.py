@@ -1,24 +1,56 @@
-"""Networks whose weights torchao has quantised, in ``.safetensors`` files, as diffusers saves them.
+"""Denoisers whose weights torchao has quantised, in ``.safetensors`` files as diffusers saves them.
 
 diffusers reads them, and torchao computes with them: here is told beforehand whether it can. A file
-holds a weight as several tensors, and says in its header which and of what kind they are; older
-versions wrote pickles, which are not read.
+holds a weight as several tensors, and its header says which and of what kind; older versions wrote
+pickles, which are not read.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from diffedit.errors import ModelError
-from diffedit.models.files import Tensor, check_weights, some
+from diffedit.models.files import Tensor, check_weights, header
 
 METHOD = "torchao"
+#: The oldest version whose weights are not pickles.
+OLDEST = "0.16.0"
+#: Its kinds that hold a number for each of a weight's, and a scale for each block of them.
+_KINDS = ("Float8Tensor", "Int8Tensor", "IntxUnpackedToInt8Tensor")
+_COMPUTING = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A quantised weight in a file.
+
+    Attributes:
+        name: of the parameter.
+        tensors: how the tensors that it consists of end.
+        block: numbers to a side that share a scale.
+        dtype: that it is made to for computing.
+    """
+
+    name: str
+    tensors: Sequence[str]
+    block: Sequence[int]
+    dtype: torch.dtype
+
+    def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Of the tensors that it consists of in a file, when it has this one."""
+        module, _, leaf = self.name.rpartition(".")
+        fits = len(shape) == len(self.block)
+        blocks = tuple(n // b for n, b in zip(shape, self.block, strict=True)) if fits else ()
+        return {
+            f"{module}._{leaf}_{one}".removeprefix("."): shape if one == "qdata" else blocks
+            for one in self.tensors
+        }
 
 
 def check(
@@ -38,51 +70,80 @@ def check(
     Raises:
         ModelError: names the file and what is wrong.
     """
-    if find_spec(METHOD) is None:
+    if not _installed():
         raise ModelError(
-            f"{settings}: its weights are quantised by torchao, which is not installed:"
-            " pip install 'diffedit[torchao]'"
+            f"{settings}: its weights are quantised by torchao, of which {OLDEST} or newer is not"
+            " installed: pip install 'diffedit[torchao]'"
         )
-    where = files[0] if len(files) == 1 else settings.parent
-    told = _told(files)
-    if lost := [name for name in wanted if name not in told and name not in found]:
-        raise ModelError(f"{where}: lacks {some(lost)}; it would be random numbers")
-    plain = {name: shape for name, shape in wanted.items() if not _tensors(name, told.get(name))}
-    check_weights(where, found, plain)
-    held = (one for name in wanted.keys() - plain for one in _tensors(name, told[name]))
-    if lost := [name for name in held if name not in found]:
-        raise ModelError(f"{where}: lacks {some(lost)}; it would be random numbers")
+    held = {one.name: one for file in files for one in _weights(file)}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in wanted.items():
+        shapes |= held[name].shapes(shape) if name in held else {name: shape}
+    check_weights(files[0] if len(files) == 1 else settings.parent, found, shapes)
 
 
-def computing(files: Sequence[Path]) -> torch.dtype | None:
-    """The type that quantised weights are made to for computing: that which they were saved in."""
-    for said in _told(files).values():
-        kind = said.get("_data", {}).get("dtype", {}) if isinstance(said, dict) else {}
-        if isinstance(found := getattr(torch, str(kind.get("_data")), None), torch.dtype):
-            return found
-    return None
+def computing(files: Sequence[Path]) -> torch.dtype:
+    """The type that quantised weights are made to for computing: that which they were saved in.
+
+    Raises:
+        ModelError: a file does not say it.
+    """
+    kinds = {one.dtype for file in files for one in _weights(file)}
+    if len(kinds) != 1:
+        raise ModelError(f"{files[0]}: does not say of its weights how torchao has quantised them")
+    return kinds.pop()
 
 
-def _told(files: Sequence[Path]) -> dict[str, Any]:
-    """What files say of each parameter: its class, and what that was made with."""
+def _installed() -> bool:
+    from diffusers.utils import is_torchao_available, is_torchao_version
+
+    return bool(is_torchao_available() and is_torchao_version(">=", OLDEST))
+
+
+def _weights(file: Path) -> list[_Weight]:
+    """What a file says of its quantised weights."""
     from safetensors import safe_open
 
-    told: dict[str, Any] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            for name, said in (opened.metadata() or {}).items():
-                try:
-                    told[name] = json.loads(said)
-                except ValueError:
-                    continue  # "format": "pt" and the like
-    return told
+    header(file)  # or it is refused here
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata() or {}
+    named = _json(metadata.get("tensor_names", "[]"))
+    listed = {one for one in named if isinstance(one, str)} if isinstance(named, list) else set()
+    made = []
+    for name, text in metadata.items():
+        said = _json(text)
+        if name == "tensor_names" or not isinstance(said, dict) or said.get("_type") == "Tensor":
+            continue
+        made.append(_weight(file, name, said))
+        if name not in listed:
+            raise ModelError(f"{file}: says how {name} is quantised, and not that it holds it")
+    return made
 
 
-def _tensors(name: str, said: Any) -> list[str]:
-    """The tensors that a quantised parameter consists of in a file; none: it is a plain one."""
-    parts = said.get("_tensor_data_names") if isinstance(said, dict) else None
-    module, _, leaf = name.rpartition(".")
-    return [f"{module}._{leaf}_{one}".removeprefix(".") for one in parts or ()]
+def _weight(file: Path, name: str, said: Mapping[str, Any]) -> _Weight:
+    kind, data, tensors = (said.get(key) for key in ("_type", "_data", "_tensor_data_names"))
+    if kind not in _KINDS:
+        raise ModelError(
+            f"{file}: its {name} is a {kind} of torchao, which diffedit does not read (it reads"
+            f" {', '.join(_KINDS)})"
+        )
+    data = data if isinstance(data, dict) else {}
+    block, dtype = data.get("block_size"), data.get("dtype")
+    computed = _COMPUTING.get(str(dtype.get("_data"))) if isinstance(dtype, dict) else None
+    named = isinstance(tensors, list) and {"qdata", "scale"} <= {str(one) for one in tensors}
+    sized = isinstance(block, list) and all(type(one) is int and one > 0 for one in block)
+    if computed is None or not named or not sized:
+        raise ModelError(f"{file}: what it says of how its {name} is quantised is not whole")
+    return _Weight(
+        name, [str(one) for one in cast(list[Any], tensors)], cast(list[int], block), computed
+    )
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None  # "format": "pt" and the like
 
 
 __all__ = ["METHOD", "check", "computing"]

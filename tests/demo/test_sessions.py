@@ -165,6 +165,15 @@ def test_what_is_retired_can_still_be_read_for_a_while(sessions: Sessions) -> No
     assert len(sessions) == 2
 
 
+def test_what_is_pinned_again_stays(sessions: Sessions) -> None:
+    session = sessions["a"]
+    file = session.add(b"x", ".png")
+    session.retire(file)
+    session.pin(file)
+    sessions.sweep(time.monotonic() + 40)
+    assert file.exists()
+
+
 def test_what_is_retired_goes_first_when_room_is_needed(sessions: Sessions) -> None:
     session = sessions["a"]
     older, retired = dated(session, 3 * KB, 1), dated(session, 3 * KB, 2, pinned=True)
