@@ -90,25 +90,35 @@ def own_control(source: str, kind: str | None = None, *, named: bool = False) ->
     """The folder of a model's own control network for hints of a kind, if it has one.
 
     Looked for in the model's folder: ``controlnet/<kind>``, then ``controlnet/<its first word>``
-    (``depth`` for ``depth_midas``), then ``controlnet`` itself, unless the ``diffedit.json`` in it
-    says that it is for another kind: ``{"kind": "canny"}``.
+    (``depth`` for ``depth_midas``), then one in ``controlnet`` whose ``diffedit.json`` says that it
+    is for this kind, too: ``{"kind": ["canny", "depth"]}``, then ``controlnet`` itself, unless that
+    file says that it is for others.
 
     Args:
         named: only one of which the folder's name or that file says that it is for this kind.
     """
     own = Path(source) / "controlnet"
+    asked = {str(kind), str(kind).partition("_")[0]}
     if kind is not None:
         for name in dict.fromkeys([kind, kind.partition("_")[0]]):
             if name and (own / name / "config.json").is_file():
                 return own / name
+        for one in sorted(own.glob("*/config.json")):
+            if asked & _kinds(one.parent):
+                return one.parent
     if not (own / "config.json").is_file():
         return None
-    about = own / "diffedit.json"
-    its = read_json(about).get("kind") if about.is_file() else None
+    its = _kinds(own)
     # An image that is a hint already ("none") may be one of any kind.
-    fits = (its is None and not named) or kind in (None, "none", its)
-    fits = fits or str(kind).partition("_")[0] == its
+    fits = (not its and not named) or kind in (None, "none") or bool(asked & its)
     return own if fits else None
+
+
+def _kinds(folder: Path) -> frozenset[str]:
+    """The kinds of hints that a control network says it is for."""
+    about = folder / "diffedit.json"
+    said = read_json(about).get("kind") if about.is_file() else None
+    return frozenset(map(str, said if isinstance(said, list) else [] if said is None else [said]))
 
 
 def in_mode(net: Any, kind: str, mode: int | None, modes: Mapping[str, int]) -> Any:

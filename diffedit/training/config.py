@@ -202,26 +202,30 @@ class DenoiserTraining(Training):
     objective: Objective = Objective()
 
 
+HintKind = Annotated[str, Field(pattern=r"^\w[\w-]*$", max_length=64)]
+
+
+def _listed(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
 class ControlNetTraining(Training):
     """A ControlNet for the model's UNet."""
 
     train: Literal["controlnet"]
-    kind: str = Field(
-        "canny",
-        pattern=r"^\w[\w-]*$",
-        max_length=64,
+    kind: Annotated[tuple[HintKind, ...], BeforeValidator(_listed)] = Field(
+        ("canny",),
+        min_length=1,
+        max_length=16,
         description="How hints are made: canny or inpaint from any picture, depth or segments from"
-        " drawn scenes; hint or any other name: the 'hint' column of the data",
+        " drawn scenes; hint or any other name: the 'hint' column of the data; several: each"
+        " example has one of them",
     )
     small: bool = Field(False, description="Without attention: half the size")
     start: LocalPath | None = Field(
         None, description="Folder of a ControlNet to go on from; none: a new one"
     )
     objective: Objective = Objective()
-
-
-def _listed(value: object) -> object:
-    return (value,) if isinstance(value, str) else value
 
 
 class LoraTraining(Training):

@@ -146,8 +146,8 @@ class ControlNetTask(UNetTask[ControlNetTraining]):
         self.trains({"controlnet": self.net})
 
     def found(self) -> Source:
-        """The examples, with hints of the training's kind."""
-        return Hinted(super().found(), kind=self.training.kind)
+        """The examples, with hints of the training's kinds."""
+        return Hinted(super().found(), *self.training.kind)
 
     def loss(self, rows: Rows) -> Tensor:
         """The objective's, under the examples' hints."""
@@ -192,7 +192,7 @@ class ControlNetTask(UNetTask[ControlNetTraining]):
 
     def export(self, folder: Path) -> None:
         """An ordinary ControlNet folder in fp16 safetensors, see :func:`export_controlnet`."""
-        export_controlnet(folder, self.net, self.training.kind)
+        export_controlnet(folder, self.net, *self.training.kind)
 
 
 def shown(hints: Tensor) -> Tensor:
@@ -233,18 +233,19 @@ def controlled(
     return made
 
 
-def export_controlnet(folder: Path, net: ControlNetModel, kind: str) -> None:
-    """Write ``net`` as a diffusers folder; ``diffedit.json`` in it says for which kind of hints.
+def export_controlnet(folder: Path, net: ControlNetModel, *kinds: str) -> None:
+    """Write ``net`` as a diffusers folder; ``diffedit.json`` in it says for which kinds of hints.
 
-    In a model's folder, as ``controlnet/<kind>``, it is the model's own for that kind. ``folder``
-    is replaced as a whole and is never seen half written. ``net`` stays in its precision.
+    In a model's folder, as ``controlnet/<kind>``, it is the model's own for that kind, and for the
+    others that the file names. ``folder`` is replaced as a whole and is never seen half written.
+    ``net`` stays in its precision.
     """
     half = copy.deepcopy(net).to("cpu", torch.float16).eval()
     with whole_folder(folder) as made:
         half.save_pretrained(made, safe_serialization=True, max_shard_size=SHARD)
         # Where the weights came from is a folder of the machine that made them.
         edit_json(made / "config.json", _name_or_path=None)
-        save_settings(made, {"kind": kind})
+        save_settings(made, {"kind": kinds[0] if len(kinds) == 1 else list(kinds)})
 
 
 # -- whether it can learn at all ------------------------------------------------------------------

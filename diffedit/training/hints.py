@@ -166,59 +166,71 @@ def _around(shape: tuple[int, int], middle: Places, half: float, *, round_: bool
 
 
 class Hinted:
-    """A source whose examples have hints of one kind.
+    """A source whose examples have hints, of one kind or each of one of several in turn.
 
-    A hint for inpainting is the picture with a fourth channel, 255 in the hole, which also is what
-    an example's error counts by.
+    What hints look like says of which kind they are: one network can learn to follow several.
+    One for inpainting is the picture with a fourth channel, 255 in the hole, which also is what an
+    example's error counts by.
 
     Args:
         source: the examples.
-        kind: "canny", "inpaint", "depth", "segments"; or, where the data has a 'hint' column, any
-            other name.
+        kinds: of "canny", "inpaint", "depth", "segments"; or, where the data has a 'hint' column,
+            any other name. Holes go with no other kind, as they are hints of four channels.
 
     Raises:
         InputError: hints of this kind cannot be had from this source.
     """
 
-    def __init__(self, source: Source, kind: str) -> None:
-        self.source, self.kind = source, kind
+    def __init__(self, source: Source, *kinds: str) -> None:
+        self.source, self.kinds = source, kinds
         self.name, self.views = source.name, views_of(source)
         world = _unwrapped(source, 0)[0]
         self.world = isinstance(world, Drawn)
-        own = not self.world and kind not in OF_ANY and source[0].hint is not None
-        if not own and kind not in MADE:
+        has = not self.world and not {*kinds} <= {*OF_ANY} and source[0].hint is not None
+        self.own = frozenset(kind for kind in kinds if has and kind not in OF_ANY)
+        for kind in kinds:
+            self._check(kind)
+        if "inpaint" in kinds and len(kinds) > 1:
+            raise InputError("holes (kind inpaint) are hints that go with no others: train twice")
+        told = " ".join("own" if kind in self.own else kind for kind in kinds)
+        said = f"hinted 2 {told} {LOW} {HIGH} {NOUNS} {source.digest}"
+        self.digest = hashlib.sha256(said.encode()).hexdigest()
+
+    def _check(self, kind: str) -> None:
+        if kind in self.own or kind in OF_ANY:
+            return
+        if kind not in MADE:
             lack = f"no hints of kind {kind!r}{nearest(kind, MADE)} and "
             raise InputError(
-                f"{source.name} has {'' if kind == OWN else lack}no 'hint' column, take"
+                f"{self.name} has {'' if kind == OWN else lack}no 'hint' column, take"
                 f" {', '.join(MADE)} or give the data one"
             )
-        if not own and kind not in OF_ANY and not self.world:
+        if not self.world:
             raise InputError(
-                f"{source.name}: {kind} hints need the drawn world (data: world) or a 'hint' column"
+                f"{self.name}: {kind} hints need the drawn world (data: world) or a 'hint' column"
             )
-        self.own = own
-        said = f"hinted 2 {'own' if own else kind} {LOW} {HIGH} {NOUNS} {source.digest}"
-        self.digest = hashlib.sha256(said.encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Example:
-        if self.own:
+        world, number = _unwrapped(self.source, index)
+        # By the example and not by its place in a choice, so that a cache of it stays true.
+        kind = self.kinds[number % len(self.kinds)]
+        if kind in self.own:
             return self.source[index]
-        if self.kind == "canny":
+        if kind == "canny":
             example = self.source[index]
             return replace(example, hint=canny(example.image))
-        world, number = _unwrapped(self.source, index)
         if not isinstance(world, Drawn):
             return _holed(self.source[index], index)
         example, drawing = world.drawn(number)
-        if self.kind == "inpaint":
+        if kind == "inpaint":
             told, masks = drawing.scene.told, drawing.masks
             named = [mask for at, mask in enumerate(masks) if told in (None, at)]
             others = [mask for at, mask in enumerate(masks) if told not in (None, at)]
             return _holed(example, world.first + number, named, others)
-        return replace(example, hint={"depth": depth, "segments": segments}[self.kind](drawing))
+        return replace(example, hint={"depth": depth, "segments": segments}[kind](drawing))
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))

@@ -323,7 +323,7 @@ def test_the_result_is_found_by_diffusers_and_by_edits(model: Path, tmp_path: Pa
 
 
 def test_a_models_own_net_is_the_one_for_the_kind(tmp_path: Path) -> None:
-    def put(folder: Path, kind: str | None) -> Path:
+    def put(folder: Path, kind: str | list[str] | None) -> Path:
         folder.mkdir(parents=True)
         (folder / "config.json").write_text("{}")
         if kind is not None:
@@ -344,8 +344,14 @@ def test_a_models_own_net_is_the_one_for_the_kind(tmp_path: Path) -> None:
     three = put(tmp_path / "two" / "controlnet" / "depth_zoe", "depth")
     assert found("two", "canny") == two
     assert found("two", "depth_zoe") == three
-    assert found("two", "depth_midas") is None
+    assert found("two", "depth_midas") == three  # it says that it is for depth, however made
+    assert found("two", "segments") is None
     assert found("two", "none") is None
+    several = put(tmp_path / "several" / "controlnet" / "canny", ["canny", "depth", "segments"])
+    put(tmp_path / "several" / "controlnet" / "inpaint", "inpaint")
+    for kind in ("canny", "depth", "depth_midas", "segments"):
+        assert found("several", kind) == several
+    assert found("several", "openpose") is None
 
 
 # -- hints ---------------------------------------------------------------------------------------
@@ -416,6 +422,23 @@ def test_other_kinds_are_other_sources() -> None:
     digests = {WORLD.digest, *(source.digest for source in sources)}
     assert len(digests) == 4
     assert Hinted(WORLD, "depth").digest == sources[1].digest
+
+
+def test_one_network_for_several_kinds_sees_each_in_turn() -> None:
+    kinds = ("canny", "depth", "segments")
+    several = Hinted(WORLD, *kinds)
+    for index in range(6):
+        shown = several[index].hint
+        assert shown is not None
+        assert (shown == hinted(WORLD, kinds[index % 3], index)).all()
+    rest, _ = split(WORLD, 8, seed=3)  # an example keeps its kind in every choice of examples
+    for number, row in enumerate(rest.rows[:6].tolist()):
+        assert np.array_equal(Hinted(rest, *kinds)[number].hint, several[row].hint)  # type: ignore[arg-type]
+    assert several.digest not in {Hinted(WORLD, kind).digest for kind in kinds}
+    with pytest.raises(InputError, match=r"holes \(kind inpaint\) .* go with no others"):
+        Hinted(WORLD, "canny", "inpaint")
+    with pytest.raises(InputError, match=r"no hints of kind 'cany' \(did you mean 'canny'"):
+        Hinted(WORLD, "depth", "cany")
 
 
 @pytest.fixture
