@@ -528,6 +528,13 @@ def test_models(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     known = json.loads(capfd.readouterr().out)
     assert known["control networks"] == ["canny", "inpaint"]
     assert "LoRAs" not in known
+    several = model / "controlnet" / "canny"
+    several.mkdir(parents=True)
+    (several / "config.json").write_text("{}")
+    (several / "diffedit.json").write_text('{"kind": ["canny", "depth"]}')
+    assert main(["models", "info", str(model), "--json"]) == 0
+    known = json.loads(capfd.readouterr().out)
+    assert known["control networks"] == ["canny (canny, depth)"]
     distilled = model / "lora" / "few" / "diffedit.json"
     distilled.parent.mkdir(parents=True)
     save_file({"a": torch.zeros(1)}, distilled.with_name("pytorch_lora_weights.safetensors"))

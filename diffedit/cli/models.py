@@ -87,7 +87,7 @@ def info(model: str, as_json: bool) -> None:
             part.name: count for part in sorted(folder.iterdir()) if (count := _weights(part))
         }
         nets = sorted((folder / "controlnet").glob("*/config.json"))
-        found |= {"control networks": [net.parent.name for net in nets]} if nets else {}
+        found |= {"control networks": [_net(one.parent) for one in nets]} if nets else {}
         found |= {"LoRAs": loras} if (loras := _loras(folder)) else {}
     if licence := _licence(folder / "README.md"):
         found["licence"] = licence
@@ -95,6 +95,15 @@ def info(model: str, as_json: bool) -> None:
         echo_json(found)
     else:
         echo_tree(found)
+
+
+def _net(folder: Path) -> str:
+    """A control network's name, and for which kinds of hints it is if that is for several."""
+    from diffedit.models.files import read_json
+
+    about = folder / "diffedit.json"
+    kinds = read_json(about).get("kind") if about.is_file() else None
+    return f"{folder.name} ({', '.join(kinds)})" if isinstance(kinds, list) else folder.name
 
 
 def _loras(folder: Path) -> dict[str, str]:
