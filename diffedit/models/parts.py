@@ -186,10 +186,16 @@ def quantised(folder: Path, variant: str | None) -> tuple[str, torch.dtype] | No
 
 def read_quantised(folder: Path, name: str, variant: str | None, dtype: torch.dtype) -> Any:
     """A quantised denoiser of a model's folder that was checked."""
-    cls = _today(find_class(*named(read_json(folder / "model_index.json"))[name]), folder / name)
-    kind = variant_of(weights(folder / name, STEMS["diffusers"], variant)[0].name)
-    said = {} if kind is None else {"variant": kind}
-    return cls.from_pretrained(folder / name, dtype=dtype, use_safetensors=True, **said)
+    part = folder / name
+    cls = _today(find_class(*named(read_json(folder / "model_index.json"))[name]), part)
+    said = _its_variant(part, "diffusers", variant)
+    return cls.from_pretrained(part, dtype=dtype, use_safetensors=True, **said)
+
+
+def _its_variant(part: Path, library: str, variant: str | None) -> dict[str, str]:
+    """How a library is told which weights of a part are read: its only ones, if need be."""
+    kind = variant_of(weights(part, STEMS[library], variant)[0].name)
+    return {} if kind is None else {"variant": kind}
 
 
 def method_of(said: Any) -> str | None:
@@ -274,8 +280,7 @@ def read(part: Path, cls: Any, dtype: Any, variant: str | None = None) -> Any:
     Raises:
         ModelError: a tensor is missing.
     """
-    kind = variant_of(weights(part, STEMS["transformers"], variant)[0].name)
-    said = {} if kind is None else {"variant": kind}
+    said = _its_variant(part, "transformers", variant)
     network, told = cls.from_pretrained(
         part, dtype=dtype, use_safetensors=True, output_loading_info=True, **said
     )

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -129,14 +129,13 @@ def _weight(file: Path, name: str, said: Mapping[str, Any]) -> _Weight:
         )
     data = data if isinstance(data, dict) else {}
     block, dtype = data.get("block_size"), data.get("dtype")
+    block, tensors = (one if isinstance(one, list) else [] for one in (block, tensors))
+    tensors = [str(one) for one in tensors]
     computed = _COMPUTING.get(str(dtype.get("_data"))) if isinstance(dtype, dict) else None
-    named = isinstance(tensors, list) and {"qdata", "scale"} <= {str(one) for one in tensors}
-    sized = isinstance(block, list) and all(type(one) is int and one > 0 for one in block)
-    if computed is None or not named or not sized:
+    sized = all(type(one) is int and one > 0 for one in block)
+    if computed is None or not block or not sized or not {"qdata", "scale"} <= {*tensors}:
         raise ModelError(f"{file}: what it says of how its {name} is quantised is not whole")
-    return _Weight(
-        name, [str(one) for one in cast(list[Any], tensors)], cast(list[int], block), computed
-    )
+    return _Weight(name, tensors, block, computed)
 
 
 def _json(text: str) -> Any:
