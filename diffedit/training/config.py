@@ -255,17 +255,27 @@ class InversionTraining(Training):
 
 
 class DistillTraining(Training):
-    """A LoRA that makes good pictures in a few steps (latent consistency)."""
+    """A LoRA that makes good pictures in a few steps, each of them half as dear."""
 
     train: Literal["distill"]
+    method: Literal["consistency", "guidance"] = Field(
+        "consistency",
+        description="What the student says: where the guided teacher's trajectory ends, or what"
+        " the guided teacher predicts",
+    )
     rank: int = Field(16, ge=1, le=256)
     few: int = Field(4, ge=1, le=16, description="Steps that the result is made for")
-    solver_steps: int = Field(50, ge=2, le=1000, description="Steps of the teacher's DDIM solver")
+    solver_steps: int = Field(
+        50, ge=2, le=1000, description="Steps of the teacher's DDIM solver, for consistency"
+    )
     guidance: float = Field(5.0, ge=1, description="Guidance of the teacher, distilled in")
 
     @model_validator(mode="after")
     def _enough_steps(self) -> Self:
-        if self.few > self.solver_steps:
+        if self.method == "guidance":
+            if "solver_steps" in self.model_fields_set:
+                raise ValueError("solver_steps: of method consistency, method guidance solves none")
+        elif self.few > self.solver_steps:
             raise ValueError(f"few {self.few} is more than solver_steps {self.solver_steps}")
         return self
 

@@ -1,20 +1,21 @@
-"""Few steps: latent consistency distillation into a LoRA."""
+"""Few steps without guidance: a guided teacher distilled into a LoRA."""
 
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from diffusers import LCMScheduler
+from diffusers import LCMScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from diffedit.errors import InputError
 from diffedit.training import lora, losses
 from diffedit.training.config import DistillTraining, Objective
-from diffedit.training.denoising import Latents, samples, save_settings
+from diffedit.training.denoising import Latents, samples, save_settings, scheduler_for
 from diffedit.training.export import export
 from diffedit.training.files import whole_folder
 from diffedit.training.loop import Picture, Rows
@@ -35,12 +36,97 @@ _SCALING, _SIGMA_DATA = 10.0, 0.5
 """Of the boundary condition, as diffusers' ``LCMScheduler`` has them."""
 
 
-class DistillTask(UNetTask[DistillTraining]):
-    """A LoRA whose UNet says from any noise level where the teacher's trajectory ends.
+class DistillTask(UNetTask[DistillTraining], ABC):
+    """A LoRA that learns from the model as it was, the teacher, with guidance folded in.
 
-    Luo et al. 2023 (LCM, arXiv:2310.04378, algorithm 1; LCM-LoRA, arXiv:2311.05556) with the
-    guidance fixed instead of embedded. The teacher is the model as it was, with guidance folded in;
-    one DDIM step of it leads from t to the grid time before, where the target is taken. The target
+    A subclass says what there is to learn (:meth:`errors`) and what samples it (``sampler``,
+    :meth:`scheduler`). The guidance is fixed instead of embedded.
+    """
+
+    sampler: ClassVar[str]
+    """diffedit's name of :meth:`scheduler`."""
+
+    def __init__(self, training: DistillTraining, device: torch.device) -> None:
+        super().__init__(training, device)
+        unet = self.parts.unet
+        objective = Objective(gamma=None, dropout=0.0)
+        self.latents = Latents(training, objective, self.parts, self.examples, embeddings=True)
+        self.process, self.kind = self.latents.process, self.latents.kind
+        # Its modules are its own, its weights are the student's: the LoRA lies beside them.
+        shared: dict[int, Any] = {id(p): p for p in unet.parameters()}
+        self.teacher = copy.deepcopy(unet, shared)
+        layers = [n for n in lora.layers_of(unet) if n.endswith(tuple(f".{e}" for e in _LAYERS))]
+        self.trains({"lora": lora.add(unet, layers, training.rank, training.rank)})
+
+    @abstractmethod
+    def errors(self, rows: Rows) -> Tensor:
+        """How far the student is from what it learns, (n,)."""
+
+    @abstractmethod
+    def scheduler(self) -> Any:
+        """What samples the result in ``few`` steps."""
+
+    def loss(self, rows: Rows) -> Tensor:
+        """The mean of :meth:`errors`."""
+        return self.errors(rows).mean()
+
+    def guided(self, x: Tensor, t: Tensor, words: Tensor) -> Tensor:
+        """What the teacher predicts, guided; (n, c, h, w) for times (n,) of the process.
+
+        Guidance is Ho & Salimans 2022 (arXiv:2207.12598), of whatever the model predicts.
+        """
+        steps = self.process.timestep(t).to(self.device)
+        guidance = self.training.guidance
+        if guidance == 1:
+            alone: Tensor = self.teacher(x, steps, encoder_hidden_states=words).sample
+            return alone
+        empty = self.latents.cache.empty()[1]
+        assert empty is not None  # the text encoder is frozen, so embeddings are kept
+        both = torch.cat([words, empty.to(words).expand_as(words)])
+        twice = self.teacher(
+            torch.cat([x, x]), torch.cat([steps, steps]), encoder_hidden_states=both
+        ).sample
+        asked, free = twice.chunk(2)
+        predicted: Tensor = free + guidance * (asked - free)
+        return predicted
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """The loss on held-out examples, at fixed noise and evenly spread times."""
+        found = [self.errors(rows) for rows in self.latents.held_rows()]
+        return {"validation loss": float(torch.cat(found).mean())} if found else {}
+
+    def pictures(self) -> list[tuple[str, Picture]]:
+        """A sample of every prompt in ``few`` steps, without guidance."""
+        few, prompts = self.training.few, self.training.prompts
+        return samples(self.parts, prompts, scheduler=self.scheduler(), steps=few, guidance=1.0)
+
+    def export(self, folder: Path) -> None:
+        """The LoRA and its scheduler in diffusers' format; in ``fused`` a whole model with it."""
+        unet, few = self.parts.unet, self.training.few
+        fused = copy.deepcopy(unet)
+        fused.fuse_lora()
+        fused.unload_lora()
+        scheduler = self.scheduler()
+        parts = replace(self.parts, unet=fused, scheduler=scheduler)
+        factor = 2 ** (len(parts.vae.config.block_out_channels) - 1)
+        training = self.training
+        about = {"train": "distill", "method": training.method, "model": training.model}
+        sampling = {"scheduler": self.sampler, "steps": few, "guidance": 1.0}
+        with whole_folder(folder) as made:
+            export(made / "fused", parts, side=factor * int(unet.config.sample_size))
+            lora.save(made, copy.deepcopy(unet).half())
+            scheduler.save_pretrained(made / "scheduler")
+            save_settings(made, about | {"rank": training.rank} | sampling)
+            note = _NOTE.format(few=few, cls=type(scheduler).__name__, name=self.sampler)
+            (made / "README.md").write_text(note, "utf-8")
+
+
+class ConsistencyTask(DistillTask):
+    """The student says from any noise level where the teacher's trajectory ends.
+
+    Luo et al. 2023 (LCM, arXiv:2310.04378, algorithm 1; LCM-LoRA, arXiv:2311.05556). One DDIM step
+    of the teacher leads from t to the grid time before, where the target is taken. The target
     network is the student itself without gradients, as Song & Dhariwal 2023 (arXiv:2310.14189,
     section 3.2) recommend; ``ema`` averages what is exported, not the target.
 
@@ -49,15 +135,14 @@ class DistillTask(UNetTask[DistillTraining]):
     picture is, so nothing is divided by the signal. It ends in the picture itself.
     """
 
+    sampler: ClassVar[str] = "lcm"
+
     def __init__(self, training: DistillTraining, device: torch.device) -> None:
         super().__init__(training, device)
-        unet = self.parts.unet
-        objective = Objective(gamma=None, dropout=0.0)
-        self.latents = Latents(training, objective, self.parts, self.examples, embeddings=True)
-        self.process, self.kind = self.latents.process, self.latents.kind
         if not isinstance(self.process, Diffusion) or self.kind == "flow_prediction":
             raise InputError(
-                f"{training.model} is a flow: distilling takes models with a schedule of betas"
+                f"{training.model} is a flow: method consistency takes models with a schedule of"
+                " betas, method guidance takes any"
             )
         self.stride = self.process.steps // training.solver_steps
         if not self.stride:
@@ -65,31 +150,17 @@ class DistillTask(UNetTask[DistillTraining]):
                 f"solver_steps {training.solver_steps}: should be at most the"
                 f" {self.process.steps} of the model"
             )
-        # Its modules are its own, its weights are the student's: the LoRA lies beside them.
-        shared: dict[int, Any] = {id(p): p for p in unet.parameters()}
-        self.teacher = copy.deepcopy(unet, shared)
-        layers = [n for n in lora.layers_of(unet) if n.endswith(tuple(f".{e}" for e in _LAYERS))]
-        self.trains({"lora": lora.add(unet, layers, training.rank, training.rank)})
-
-    def batch(self, step: int, generator: torch.Generator) -> Rows:
-        """Latents, noise, grid times and embeddings."""
-        rows = dict(self.latents.batch(step, generator))
-        rows["time"] = self.on_grid(rows["time"])
-        return rows
 
     def on_grid(self, t: Tensor) -> Tensor:
         """The nearest grid times not below ``t``, the last one for all above it."""
         number = (t // self.stride).clamp_max(self.training.solver_steps - 1)
         return (number + 1) * self.stride - 1
 
-    def loss(self, rows: Rows) -> Tensor:
-        """The mean of :meth:`errors`."""
-        return self.errors(rows).mean()
-
     def errors(self, rows: Rows) -> Tensor:
         """How far the student's ends from two neighbouring times are apart, (n,)."""
-        t = rows["time"]
-        x_t, words = self.latents.noised(rows)[0], self.latents.words(rows)
+        t = self.on_grid(rows["time"])
+        x_t = self.latents.noised({**rows, "time": t})[0]
+        words = self.latents.words(rows)
         made = self.end(x_t, t, words)
         with torch.no_grad():
             before = t - self.stride
@@ -109,38 +180,13 @@ class DistillTask(UNetTask[DistillTraining]):
         return scaled(skip, x) + scaled(out, x0)
 
     def solved(self, x: Tensor, t: Tensor, before: Tensor, words: Tensor) -> Tensor:
-        """One DDIM step of the guided teacher (Song et al. 2021, arXiv:2010.02502, eq. 12, η = 0).
-
-        Guidance is Ho & Salimans 2022 (arXiv:2207.12598), of whatever the model predicts.
-        """
-        steps = self.process.timestep(t).to(self.device)
-        guidance = self.training.guidance
-        if guidance == 1:
-            predicted = self.teacher(x, steps, encoder_hidden_states=words).sample
-        else:
-            empty = self.latents.cache.empty()[1]
-            assert empty is not None  # the text encoder is frozen, so embeddings are kept
-            both = torch.cat([words, empty.to(words).expand_as(words)])
-            twice = self.teacher(
-                torch.cat([x, x]), torch.cat([steps, steps]), encoder_hidden_states=both
-            ).sample
-            asked, free = twice.chunk(2)
-            predicted = free + guidance * (asked - free)
-        predicted = predicted.to(x.dtype)
+        """One DDIM step of the guided teacher (Song et al. 2021, arXiv:2010.02502, η = 0)."""
+        predicted = self.guided(x, t, words).to(x.dtype)
         x0 = self.process.x0(self.kind, predicted, x, t)
         return self.process.noised(x0, self.process.epsilon(self.kind, predicted, x, t), before)
 
-    @torch.no_grad()
-    def validate(self) -> dict[str, float]:
-        """The loss on held-out examples, at fixed noise and evenly spread times."""
-        found = [
-            self.errors({**rows, "time": self.on_grid(rows["time"])})
-            for rows in self.latents.held_rows()
-        ]
-        return {"validation loss": float(torch.cat(found).mean())} if found else {}
-
     def scheduler(self) -> LCMScheduler:
-        """What samples the result in ``few`` steps."""
+        """LCM's own, with the grid."""
         config = dict(self.parts.scheduler.config) | {"prediction_type": self.kind}
         made: LCMScheduler = LCMScheduler.from_config(
             config,
@@ -149,26 +195,31 @@ class DistillTask(UNetTask[DistillTraining]):
         )
         return made
 
-    def pictures(self) -> list[tuple[str, Picture]]:
-        """A sample of every prompt in ``few`` steps, without guidance."""
-        few, prompts = self.training.few, self.training.prompts
-        return samples(self.parts, prompts, scheduler=self.scheduler(), steps=few, guidance=1.0)
 
-    def export(self, folder: Path) -> None:
-        """The LoRA and its scheduler in diffusers' format; in ``fused`` a whole model with it."""
-        unet, few = self.parts.unet, self.training.few
-        fused = copy.deepcopy(unet)
-        fused.fuse_lora()
-        fused.unload_lora()
-        parts = replace(self.parts, unet=fused, scheduler=self.scheduler())
-        factor = 2 ** (len(parts.vae.config.block_out_channels) - 1)
-        about = {"train": "distill", "model": self.training.model, "rank": self.training.rank}
-        with whole_folder(folder) as made:
-            export(made / "fused", parts, side=factor * int(unet.config.sample_size))
-            lora.save(made, copy.deepcopy(unet).half())
-            self.scheduler().save_pretrained(made / "scheduler")
-            save_settings(made, about | {"scheduler": "lcm", "steps": few, "guidance": 1.0})
-            (made / "README.md").write_text(_NOTE.format(few=few), "utf-8")
+class GuidanceTask(DistillTask):
+    """The student predicts at once what the teacher predicts guided, for half of the work a step.
+
+    Meng et al. 2023 (arXiv:2210.03142, section 3.1, the first of their two stages). Trajectories
+    stay those of the teacher, so any sampler of the model takes the result, in any number of steps;
+    few are enough for one of high order.
+    """
+
+    sampler: ClassVar[str] = "unipc"
+
+    def errors(self, rows: Rows) -> Tensor:
+        """The squared error of the student's prediction, (n,)."""
+        x_t, steps = self.latents.noised(rows)
+        words = self.latents.words(rows)
+        made = self.parts.unet(x_t, steps, encoder_hidden_states=words).sample
+        with torch.no_grad():
+            target = self.guided(x_t, rows["time"], words)
+        return losses.mse(made, target)
+
+    def scheduler(self) -> UniPCMultistepScheduler:
+        """A multistep solver that comes near the trajectory's end in few steps."""
+        own = scheduler_for(self.latents.objective, self.parts.scheduler)
+        made: UniPCMultistepScheduler = UniPCMultistepScheduler.from_config(own.config)
+        return made
 
 
 _NOTE = """\
@@ -176,12 +227,12 @@ _NOTE = """\
 guidance. In diffusers:
 
     pipeline.load_lora_weights("this folder")
-    pipeline.scheduler = LCMScheduler.from_pretrained("this folder", subfolder="scheduler")
+    pipeline.scheduler = {cls}.from_pretrained("this folder", subfolder="scheduler")
     pipeline(prompt, num_inference_steps={few}, guidance_scale=1.0)
 
 `fused` is the whole model with the additions in its weights, for diffusers and for diffedit:
 
-    Editor.load("this folder/fused")     # scheduler "lcm" is its own; steps {few}, guidance 1
+    Editor.load("this folder/fused")     # scheduler "{name}" is its own; steps {few}, guidance 1
 """
 
 

@@ -60,9 +60,10 @@ def _task(training: Training, device: torch.device) -> Task:
 
         return InversionTask(training, device)
     if isinstance(training, config.DistillTraining):
-        from diffedit.training.distill import DistillTask
+        from diffedit.training.distill import ConsistencyTask, GuidanceTask
 
-        return DistillTask(training, device)
+        methods = {"consistency": ConsistencyTask, "guidance": GuidanceTask}
+        return methods[training.method](training, device)
     raise InputError(f"train is {training.train!r}, should be one of {', '.join(config.KINDS)}")
 
 

@@ -1,9 +1,14 @@
-"""Latent consistency: the solver is DDIM, the function has its boundary, and the LoRA samples."""
+"""Latent consistency: the solver is DDIM, the function has its boundary, and the LoRA samples.
+
+Guidance: the student's error is its distance from what diffusers makes of a guided teacher.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,15 +16,22 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 
 from diffedit import Editor
 from diffedit.errors import InputError
 from diffedit.training import config
-from diffedit.training.config import DistillTraining
-from diffedit.training.distill import DistillTask, boundary
+from diffedit.training.config import DistillTraining, Objective
+from diffedit.training.denoising import scheduler_for
+from diffedit.training.distill import ConsistencyTask, DistillTask, GuidanceTask, boundary
 from diffedit.training.loop import accelerator, train
+from diffedit.training.parts import new_scheduler
 from diffedit.workflow import Pass
 
 CPU = torch.device("cpu")
@@ -42,8 +54,16 @@ def _training(tmp_path: Path, model: Path, **changes: Any) -> DistillTraining:
     return cast(DistillTraining, config.load(file)[0])
 
 
-def _task(tmp_path: Path, model: Path, **changes: Any) -> DistillTask:
-    return DistillTask(_training(tmp_path, model, **changes), CPU)
+def _task(tmp_path: Path, model: Path, **changes: Any) -> ConsistencyTask:
+    return ConsistencyTask(_training(tmp_path, model, **changes), CPU)
+
+
+def _guidance(tmp_path: Path, model: Path, **changes: Any) -> GuidanceTask:
+    return GuidanceTask(_training(tmp_path, model, method="guidance", **changes), CPU)
+
+
+BOTH = pytest.mark.parametrize("make", [_task, _guidance])
+Make = Callable[..., DistillTask]
 
 
 def _stir(task: DistillTask) -> None:
@@ -125,7 +145,7 @@ def test_the_picture_is_its_own_end(tmp_path: Path, small_model: Path) -> None:
 _MEAN, _STD = 0.7, 1.5
 
 
-def _stub(task: DistillTask, x0_of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Any:
+def _stub(task: ConsistencyTask, x0_of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Any:
     """A network whose v-prediction says ``x0_of(x, a, b)``."""
 
     def predict(x: Tensor, t: Tensor, encoder_hidden_states: Tensor) -> SimpleNamespace:
@@ -172,7 +192,7 @@ def test_the_exact_consistency_function_of_gaussian_data_has_no_error(
 class _Lines(torch.nn.Module):
     """x_0 = slope x + offset at each grid time; starts as the teacher, as a LoRA does."""
 
-    def __init__(self, task: DistillTask, times: Tensor) -> None:
+    def __init__(self, task: ConsistencyTask, times: Tensor) -> None:
         super().__init__()
         a, b = task.process.coefficients(times)
         offset = _posterior_mean(torch.zeros_like(a), a, b)
@@ -234,10 +254,127 @@ def test_four_steps_come_to_draw_what_the_teacher_draws_in_all_of_its(
     assert abs(after.mean() - aim.mean()) < 0.06
 
 
-def test_the_teacher_shares_the_weights_and_not_the_additions(
+def test_the_students_error_is_its_distance_from_the_guided_teacher(
     tmp_path: Path, small_model: Path
 ) -> None:
-    task = _task(tmp_path, small_model)
+    task = _guidance(tmp_path, small_model, guidance=3.0)
+    _stir(task)
+    rows = task.batch(0, torch.Generator().manual_seed(0))
+    plain = StableDiffusionPipeline.from_pretrained(small_model)
+    t = rows["time"]
+    x = plain.scheduler.add_noise(rows["latents"], rows["noise"], t)
+    words = rows["embeddings"]
+    student = task.parts.unet
+    with torch.no_grad():
+        empty = plain.encode_prompt("", CPU, 1, False)[0].expand_as(words)
+        asked, free = (
+            plain.unet(x, t, encoder_hidden_states=each).sample for each in (words, empty)
+        )
+        guided = free + 3.0 * (asked - free)
+        made = student(x, t, encoder_hidden_states=words).sample
+        expected = (made - guided).square().mean(dim=(1, 2, 3))
+        torch.testing.assert_close(task.errors(rows), expected, atol=1e-6, rtol=1e-4)
+        assert bool((expected > 1e-4).all())
+        # What it is compared with is the teacher alone where nothing is guided.
+        alone = _guidance(tmp_path, small_model, guidance=1.0)
+        assert float(alone.errors(rows).max()) < 1e-10
+
+
+class _Worded(torch.nn.Module):
+    """What is asked for is N(mean word, std²) for a word w in {-1, 0, 1}; x_0 is linear in both.
+
+    ``slope`` x + ``offset`` w at each of some levels of noise; starts as the posterior mean.
+    """
+
+    LEVELS = 20
+
+    def __init__(self, task: GuidanceTask) -> None:
+        super().__init__()
+        self.coefficients = task.process.coefficients
+        a, b = self.coefficients(torch.arange(0, 1000, 1000 // self.LEVELS))
+        gain = a * _STD**2 / (a**2 * _STD**2 + b**2)
+        self.slope = torch.nn.Parameter(gain)
+        self.offset = torch.nn.Parameter(_MEAN * (1 - gain * a))
+
+    def forward(self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor) -> SimpleNamespace:
+        t = t.expand(len(x))
+        level = t // (1000 // self.LEVELS)
+        slope, offset = (c[level].view(-1, 1, 1, 1) for c in (self.slope, self.offset))
+        a, b = (c.view(-1, 1, 1, 1) for c in self.coefficients(t))
+        x0 = slope * x.double() + offset * encoder_hidden_states.view(-1, 1, 1, 1)
+        return SimpleNamespace(sample=((a * x - x0) / b).to(x.dtype))
+
+
+def test_four_steps_alone_come_to_draw_what_the_teacher_draws_guided(
+    tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = _guidance(tmp_path, small_model, guidance=3.0)
+    monkeypatch.setattr(task.latents.cache, "empty", lambda: (None, torch.zeros(1, 1, 1)))
+    task.teacher = cast(Any, _Worded(task))
+    task.parts.unet = student = _Worded(task)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2048, 4, 2, 2, generator=generator)
+    words = torch.ones(len(noise), 1, 1)
+
+    @torch.no_grad()
+    def in_four_steps(predict: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        scheduler, x = task.scheduler(), noise
+        scheduler.set_timesteps(4)
+        for t in scheduler.timesteps:
+            x = scheduler.step(predict(x, t), t, x).prev_sample
+        return x
+
+    def alone(x: Tensor, t: Tensor) -> Tensor:
+        return cast(Tensor, student(x, t, words).sample)
+
+    aim = in_four_steps(lambda x, t: task.guided(x, t.expand(len(x)), words))
+    before = in_four_steps(alone)
+    adam = torch.optim.Adam(student.parameters(), lr=0.02)
+    for _ in range(400):
+        count = 64
+        asked = torch.randint(0, 2, (count, 1, 1), generator=generator) * 2.0 - 1
+        rows = {
+            "latents": _MEAN * asked.unsqueeze(1)
+            + _STD * torch.randn(count, 4, 2, 2, generator=generator),
+            "noise": torch.randn(count, 4, 2, 2, generator=generator),
+            "time": torch.randint(1000, (count,), generator=generator),
+            "embeddings": asked,
+        }
+        adam.zero_grad()
+        task.loss(rows).backward()
+        adam.step()
+    after = in_four_steps(alone)
+    assert aim.mean() > before.mean() + 0.5
+    assert abs(after.mean() - aim.mean()) < 0.05
+    assert abs(after.std() - aim.std()) < 0.05
+
+
+def test_guidance_is_distilled_from_flows_too(tmp_path: Path, small_model: Path) -> None:
+    flow = tmp_path / "flow"
+    shutil.copytree(small_model, flow)
+    made = scheduler_for(Objective(target="flow_prediction"), new_scheduler())
+    shutil.rmtree(flow / "scheduler")
+    made.save_pretrained(flow / "scheduler")
+    index = json.loads((flow / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", type(made).__name__]
+    (flow / "model_index.json").write_text(json.dumps(index))
+    task = _guidance(tmp_path, flow)
+    _stir(task)
+    rows = task.batch(0, torch.Generator().manual_seed(0))
+    assert bool(torch.isfinite(task.errors(rows)).all())
+    task.export(tmp_path / "model")
+    fused = StableDiffusionPipeline.from_pretrained(tmp_path / "model/fused")
+    assert type(fused.scheduler) is UniPCMultistepScheduler
+    assert fused.scheduler.config.use_flow_sigmas
+    with pytest.raises(InputError, match="is a flow: method consistency takes models with"):
+        _task(tmp_path, flow)
+
+
+@BOTH
+def test_the_teacher_shares_the_weights_and_not_the_additions(
+    tmp_path: Path, small_model: Path, make: Make
+) -> None:
+    task = make(tmp_path, small_model)
     x, t, words = torch.randn(1, 4, 4, 4), torch.tensor([500]), torch.randn(1, 32, 128)
     with torch.no_grad():
         before = task.teacher(x, t, encoder_hidden_states=words).sample
@@ -250,9 +387,12 @@ def test_the_teacher_shares_the_weights_and_not_the_additions(
     assert all(id(value) in own for value in task.teacher.parameters())
 
 
-def test_only_the_additions_are_trained_and_kept(tmp_path: Path, small_model: Path) -> None:
-    training = _training(tmp_path, small_model, steps=6, ema=0.5, optimiser={"rate": 5e-3})
-    task = DistillTask(training, CPU)
+@BOTH
+def test_only_the_additions_are_trained_and_kept(
+    tmp_path: Path, small_model: Path, make: Make
+) -> None:
+    task = make(tmp_path, small_model, steps=6, ema=0.5, optimiser={"rate": 5e-3})
+    training = task.training
     before = task.validate()["validation loss"]
     weights = {k: v.clone() for k, v in task.teacher.state_dict().items()}
     report = train(task, training, accelerator(training))
@@ -265,20 +405,32 @@ def test_only_the_additions_are_trained_and_kept(tmp_path: Path, small_model: Pa
     assert report.figures[-1][1]["validation loss"] < before
 
 
-def test_the_result_samples_in_four_steps(tmp_path: Path, small_model: Path) -> None:
-    task = _task(tmp_path, small_model, prompts=["a red circle"], solver_steps=20)
+@pytest.mark.parametrize(
+    ("make", "solver", "name"),
+    [
+        (partial(_task, solver_steps=20), LCMScheduler, "lcm"),
+        (_guidance, UniPCMultistepScheduler, "unipc"),
+    ],
+)
+def test_the_result_samples_in_four_steps(
+    tmp_path: Path, small_model: Path, make: Make, solver: Any, name: str
+) -> None:
+    task = make(tmp_path, small_model, prompts=["a red circle"])
     _stir(task)
     (title, own), *_ = task.pictures()
     assert title == "a red circle"
     task.export(tmp_path / "model")
     assert not list(tmp_path.glob(".model*"))
     about = json.loads((tmp_path / "model/diffedit.json").read_text())
-    assert about["steps"] == 4
+    assert (about["scheduler"], about["steps"], about["guidance"]) == (name, 4, 1.0)
+    note = (tmp_path / "model/README.md").read_text()
+    assert f"{solver.__name__}.from_pretrained" in note
+    assert f'scheduler "{name}"' in note
 
     fused = StableDiffusionPipeline.from_pretrained(tmp_path / "model/fused")
     loaded = StableDiffusionPipeline.from_pretrained(small_model)
     loaded.load_lora_weights(tmp_path / "model")
-    loaded.scheduler = LCMScheduler.from_pretrained(tmp_path / "model/scheduler")
+    loaded.scheduler = solver.from_pretrained(tmp_path / "model/scheduler")
     x, t, words = torch.randn(1, 4, 4, 4), torch.tensor([999]), torch.randn(1, 32, 128)
     with torch.no_grad():
         expected = task.parts.unet(x, t, encoder_hidden_states=words).sample
@@ -286,7 +438,9 @@ def test_the_result_samples_in_four_steps(tmp_path: Path, small_model: Path) -> 
             found = pipeline.unet(x, t, encoder_hidden_states=words).sample
             assert float((found - expected).abs().max()) < 0.003 * float(expected.abs().max())
     for pipeline in (fused, loaded):
-        assert pipeline.scheduler.config.original_inference_steps == 20
+        assert type(pipeline.scheduler) is solver
+        if name == "lcm":
+            assert pipeline.scheduler.config.original_inference_steps == 20
         pipeline.set_progress_bar_config(disable=True)
         made = pipeline(
             "a red circle",
@@ -311,7 +465,12 @@ def test_diffedit_takes_the_whole_model(tmp_path: Path, small_model: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"), [({"few": 9, "solver_steps": 8}, "few 9 is more than solver_steps 8")]
+    ("changes", "said"),
+    [
+        ({"few": 9, "solver_steps": 8}, "few 9 is more than solver_steps 8"),
+        ({"method": "guidance", "solver_steps": 8}, "solver_steps: of method consistency"),
+        ({"method": "magic"}, "method"),
+    ],
 )
 def test_what_cannot_be_is_said(
     tmp_path: Path, small_model: Path, changes: dict[str, Any], said: str
