@@ -715,7 +715,7 @@ def _chain(rng: np.random.Generator) -> list[Case]:
     away again (drawn) or adds another (photographs).
     """
     made = []
-    for number in range(24):
+    for number in range(40):
         drawn = number % 2 == 0
         colours = [str(c) for c in rng.permutation(COLOURS)]
         nouns = [str(n) for n in rng.permutation(SHAPES)]

@@ -218,7 +218,8 @@ class Theirs:
     """diffusers' pipeline for the case, on the whole picture.
 
     Half of the pictures from nothing, where both sides run the same sampling, and half of those
-    larger than the model's native side, which take more than twice as long.
+    larger than the model's native side, which take more than twice as long; of chains, which are
+    few, all.
     """
 
     name: ClassVar[str] = "diffusers"
@@ -229,7 +230,7 @@ class Theirs:
     def declines(self, case: Case) -> str:
         if case.look is not None:
             return "none: diffusers has no pipeline for this on these components"
-        if (case.category == "nothing" or case.scale > 1) and case.lot % 2:
+        if (case.category == "nothing" or case.scale > 1) and _spared(case):
             return "not asked"
         return self.bench.refuses(case)
 
@@ -288,12 +289,12 @@ class Theirs:
 
 
 class TheirsCropped(Theirs):
-    """diffusers' inpainting with `padding_mask_crop`, on half of the cases with a mask."""
+    """diffusers' inpainting with `padding_mask_crop`, on half of the cases with a mask and all chains."""
 
     name: ClassVar[str] = "diffusers, crop"
 
     def declines(self, case: Case) -> str:
-        if not case.places or case.lot % 2:
+        if not case.places or _spared(case):
             return "not asked"
         return super().declines(case)
 
@@ -364,6 +365,11 @@ ENGINES: dict[str, Callable[[Bench], Engine]] = {
     Answer.name: Answer,
     Untouched.name: Untouched,
 }
+
+
+def _spared(case: Case) -> bool:
+    """Whether a comparison is spared a case: every second one, but no chain."""
+    return case.category != "chain" and bool(case.lot % 2)
 
 
 def _holed(image: Image.Image, grey: Image.Image) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What families share whose components diffusers bundles: autoencoder, previews, and facts to tell.
+"""What families share whose components diffusers bundles: networks, additions, and facts to tell.
 
 A diffusers pipeline serves as a bundle of components and loaders; it is never called.
 """
@@ -6,7 +6,6 @@ A diffusers pipeline serves as a bundle of components and loaders; it is never c
 from __future__ import annotations
 
 import inspect
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -22,11 +21,10 @@ from diffedit.errors import CapabilityError, ModelError, lacking
 from diffedit.guidance import classifier_free
 from diffedit.images import Picture
 from diffedit.models import control, holding, hub
-from diffedit.models.autoencoder import drawn, grain
+from diffedit.models.autoencoded import AutoencodedModel
 from diffedit.models.compiled import Compiled
 from diffedit.models.ip_adapter import Places, load_ip_adapter
 from diffedit.models.lora import Additions, LoRA, components, load_lora, own_loras
-from diffedit.models.preview import Look
 from diffedit.models.protocol import ModelInput, Residuals
 from diffedit.models.textual_inversion import Word
 from diffedit.rows import RowMap
@@ -35,11 +33,9 @@ from diffedit.schedulers import build, dynamic_shift, needs_size
 
 #: Working regions go up to this many times the size the model was trained at.
 LARGEST = 2
-#: Hints that are kept encoded: those of a pass.
-HINTS = 8
 
 
-class PipelineModel:
+class PipelineModel(AutoencodedModel):
     """The part of a `LatentModel` that does not depend on how its denoiser is called.
 
     Args:
@@ -65,10 +61,7 @@ class PipelineModel:
         aside: parts of the denoiser where no token of the picture attends.
         kept: how the family rounds the steps that a strength leaves.
         most_shift: of noise, for the largest pictures; see `dynamic_shift`.
-        video: whether the autoencoder is one of videos, of which a picture is one frame.
         spacing: the noise levels of so many steps, before any shift; None: the scheduler's.
-        unscaled: roles of channels that take latents as the autoencoder makes them (Brooks et al.
-            2023, "InstructPix2Pix", arXiv:2211.09800, was trained so).
         replaced: components that came from elsewhere than the others, and where from.
     """
 
@@ -86,9 +79,7 @@ class PipelineModel:
     aside: ClassVar[tuple[str, ...]] = ()
     kept = staticmethod(sd_calls_kept)
     most_shift: ClassVar[float] = 1.15
-    video: ClassVar[bool] = False
     spacing: Callable[[int], list[float]] | None = None
-    unscaled: frozenset[str] = frozenset({"image"})
     replaced: Mapping[str, str] = {}
     one_by_one = False
 
@@ -99,10 +90,9 @@ class PipelineModel:
         sizes: tuple[int, int, int] | None = None,
     ) -> None:
         self.pipe: Any = pipe
+        super().__init__(self.pipe.vae)
         self.source = source
         self.denoiser: Any = getattr(pipe, self.networks[0])
-        self.vae: Any = self.pipe.vae
-        self.cell, self.channels = grain(self.vae.config)
         self.patch = self.patch or self.denoiser.config.patch_size
         self.grid: int = self.cell * self.patch
         cells = self.denoiser.config.get("sample_size") or self.native
@@ -120,13 +110,8 @@ class PipelineModel:
             name: sum(math.prod(holding.unpacked(weight)) for weight in part.parameters())
             for name, part in self._parts().items()
         }
-        said = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
-        scales = [self.vae.config.get(name) for name in said]
-        self.space = json.dumps([self.cell, self.channels, *scales])
-        self._look: Look | None = None
         self._compiled: Compiled | None = None
         self._additions = Additions(components(pipe) if "lora" in self.carries else {})
-        self._hints: list[tuple[Tensor, int, float | None, Tensor]] = []
         #: Of the present call of the denoiser.
         self._rows: RowMap | None = RowMap(())
         self._ready()
@@ -207,10 +192,6 @@ class PipelineModel:
         if (known := hub.origin(self.source)) is None:
             return {"source": self.source}
         return {"source": known[0], "commit": known[1]}
-
-    def forget(self) -> None:
-        """Let go of the hints of a pass."""
-        self._hints = []
 
     def save_memory(self) -> str | None:
         """Predictions one by one, and an autoencoder that works on tiles; then weights elsewhere.
@@ -391,84 +372,3 @@ class PipelineModel:
             if encoder is not None:
                 token = torch.zeros(1, 1, dtype=torch.long, device=holding.where(encoder))
                 encoder(token, output_hidden_states=True)
-
-    @property
-    def _vae_dtype(self) -> torch.dtype:
-        return cast(torch.dtype, next(self.vae.parameters()).dtype)
-
-    def encode(
-        self,
-        pixels: Tensor,
-        generator: torch.Generator | None = None,
-        role: str | None = None,
-    ) -> Tensor:
-        """Encode ``(b, 3, h, w)`` in [0, 1]: the posterior's mean, or a sample with a generator."""
-        latents = self._encoded(pixels, generator)
-        return latents if role in self.unscaled else self._scaled(latents)
-
-    def _scaled(self, latents: Tensor) -> Tensor:
-        """As the denoiser takes what the autoencoder makes."""
-        settings = self.vae.config
-        if (known := self._statistics()) is not None:
-            mean, deviation = known
-            return cast(Tensor, (latents - mean) * settings.scaling_factor / deviation)
-        if shift := settings.get("shift_factor"):
-            return cast(Tensor, (latents - shift) * settings.scaling_factor)
-        return cast(Tensor, settings.scaling_factor * latents)
-
-    def _encoded(self, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
-        pixels = (2.0 * pixels - 1.0).to(self.device)
-        if self.video:
-            pixels = pixels[:, :, None]
-        if generator is None:
-            made = drawn(self.vae.encode(pixels.to(self._vae_dtype)))
-        else:  # to compare, rounded as in diffusers, also where an autoencoder computes more finely
-            finer = pixels.to(self.dtype).to(self._vae_dtype)
-            made = drawn(self.vae.encode(finer), generator).to(self.dtype)
-        return made[:, :, 0] if self.video else made
-
-    def _shown(self, hint: Tensor, rows: int, shift: float | None = None) -> Tensor:
-        """A hint as latents, encoded once; for every row, as a batch of one has other bits.
-
-        Args:
-            hint: ``(1 or rows, 3, H, W)`` in [0, 1].
-            rows: how many are wanted.
-            shift: of the latents; None: the autoencoder's own.
-        """
-        for known, for_rows, known_shift, made in self._hints:
-            if known is hint and (for_rows, known_shift) == (rows, shift):
-                return made
-        latents = self._encoded(hint.expand(rows, -1, -1, -1), None)
-        if shift is None:
-            latents = self._scaled(latents)
-        else:
-            latents = (latents - shift) * self.vae.config.scaling_factor
-        self._hints = [(hint, rows, shift, latents), *self._hints[: HINTS - 1]]
-        return latents
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents to ``(b, 3, h, w)`` in [0, 1], float32."""
-        settings = self.vae.config
-        scale = settings.get("scaling_factor") or 1.0
-        if (known := self._statistics()) is not None:
-            mean, deviation = known
-            latents = latents * deviation + mean * scale
-        latents = (latents / scale + (settings.get("shift_factor") or 0.0)).to(self._vae_dtype)
-        if self.video:
-            latents = latents[:, :, None]
-        pixels = self.vae.decode(latents, return_dict=False)[0].float()
-        return cast(Tensor, ((pixels[:, :, 0] if self.video else pixels) / 2 + 0.5).clamp(0, 1))
-
-    def _statistics(self) -> tuple[Tensor, Tensor] | None:
-        """Mean and deviation of each channel, of autoencoders that name them."""
-        said = [self.vae.config.get(name) for name in ("latents_mean", "latents_std")]
-        if None in said:
-            return None
-        mean, deviation = (torch.tensor(one, device=self.device).view(1, -1, 1, 1) for one in said)
-        return mean, deviation
-
-    def preview(self, x0: Tensor) -> Tensor:
-        """A rough look at latents, by a map that is fitted once; see `models.preview`."""
-        if self._look is None:
-            self._look = Look(self.encode, self.cell, self.channels)
-        return self._look(x0)

@@ -14,10 +14,11 @@ from diffusers import ControlNetModel, StableDiffusionPipeline, T2IAdapter
 from torch import Tensor
 
 from diffedit.models import loading
+from diffedit.models.autoencoded import HINTS
 from diffedit.models.clip import RAGGED, Clip, read
 from diffedit.models.control import InMode, OfHoles, own_control
 from diffedit.models.ip_adapter import Places, of_unet
-from diffedit.models.pipeline import HINTS, PipelineModel
+from diffedit.models.pipeline import PipelineModel
 from diffedit.models.protocol import Conditioning, ModelInput, Residuals
 from diffedit.models.textual_inversion import Word, load_word, teach
 from diffedit.models.unet_controls import check_adapter, features, residuals
