@@ -526,7 +526,7 @@ def test_models(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "licence: cc0-1.0" in capfd.readouterr().out
     assert main(["models", "info", "tiny", "--json"]) == 0
     known = json.loads(capfd.readouterr().out)
-    assert known["control networks"] == ["canny", "inpaint"]
+    assert known["control networks"] == ["hints (canny, depth, segments)", "inpaint"]
     assert "LoRAs" not in known
     several = model / "controlnet" / "canny"
     several.mkdir(parents=True)
