@@ -22,8 +22,9 @@ from diffedit.errors import Busy, DiffeditError, InputError
 from diffedit.handover import Handover, Setting
 from diffedit.images import ImageSource, Picture, open_picture
 from diffedit.memory import exhausted, let_go, told
-from diffedit.models import devices, loading
+from diffedit.models import devices, loading, weights
 from diffedit.models.protocol import LatentModel
+from diffedit.models.turns import turns
 from diffedit.passes import run_pass
 from diffedit.plugins import Plugins
 from diffedit.result import Result
@@ -57,6 +58,8 @@ class Editor:
         self.plugins = plugin_module.default() if plugins is None else plugins
         self._lock = threading.Lock()
         self._resources: dict[str, Any] = {}
+        #: What the places were like that they came from.
+        self._stamps: dict[str, object] = {}
         self._embeddings = Embeddings()
         #: With which the models that passes name are loaded, too.
         self._loading: Mapping[str, Any] = {}
@@ -224,8 +227,8 @@ class Editor:
             lambda: loading.load(source, families, device=own.device, **said),
         )
 
-        def load(key: str, loader: Callable[[], Any]) -> Any:
-            return self._resource(f"{key} for {source}", loader)  # it may fit that model alone
+        def load(key: str, loader: Callable[[], Any], of: str | None = None) -> Any:
+            return self._resource(f"{key} for {source}", loader, of)  # it may fit that model alone
 
         return replace(setting, model=model, load=load)
 
@@ -288,9 +291,12 @@ class Editor:
         self._resources.clear()
         self._embeddings.clear()
 
-    def _resource(self, key: str, loader: Callable[[], Any]) -> Any:
-        if key not in self._resources:
-            self._resources[key] = loader()
+    def _resource(self, key: str, loader: Callable[[], Any], of: str | None = None) -> Any:
+        now = None if of is None else weights.stamp(of)
+        if key not in self._resources or self._stamps.get(key) != now:
+            if key in self._resources:  # prompts may have been read with what it was
+                self._embeddings.clear()
+            self._resources[key], self._stamps[key] = loader(), now
         return self._resources[key]
 
 
@@ -303,7 +309,8 @@ class Stream(Iterator[Step]):
 
     def __next__(self) -> Step:
         try:
-            return next(self._steps)
+            with turns.running():
+                return next(self._steps)
         except StopIteration as end:
             if end.value is not None:
                 self._result = end.value
@@ -322,7 +329,8 @@ class Stream(Iterator[Step]):
 
     def close(self) -> None:
         """Cancel the run, if it is still going; the model is left as it was."""
-        self._steps.close()
+        with turns.running():
+            self._steps.close()
 
     @property
     def result(self) -> Result:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +12,7 @@ from diffedit.embeddings import Embeddings
 from diffedit.errors import InputError
 from diffedit.models.protocol import LatentModel
 from diffedit.plugins import Plugins
-from diffedit.run import Streams
+from diffedit.run import Load, Streams, load_each_time
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +82,7 @@ class Setting:
     plugins: Plugins
     seeds: tuple[int, ...]
     compat: bool = False
-    load: Callable[[str, Callable[[], Any]], Any] = field(default=lambda key, loader: loader())
+    load: Load = load_each_time
     position: tuple[int, int] = (0, 1)
     embeddings: Embeddings = field(default_factory=Embeddings)
 

@@ -7,18 +7,27 @@ are text, as is everything else, and ``\(`` and ``\)`` are parentheses that are 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 from diffedit.errors import CapabilityError, ParameterError
+
+log = logging.getLogger(__name__)
 
 #: The capability of models that read weights.
 WEIGHTS = "prompt_weights"
 
 #: Beyond it pictures fall apart; ``(at 10:30)`` was not meant as a weight.
 LARGEST = 5.0
+
+#: Two letters of one word; scripts without spaces have no such place to go back from.
+_WITHIN = re.compile(r"\w\w", re.ASCII)
+#: Letters of a prompt that a warning quotes.
+_QUOTED = 60
 
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)\s*", re.ASCII)
 
@@ -102,6 +111,39 @@ def check(where: str, prompt: str, has: Collection[str], what: str = "the loaded
             f"{where}: {what} takes no weights of words, such as (words:1.3); leave them out, or"
             r" write \( and \) for parentheses that are text"
         )
+
+
+def tell_unread(prompt: str, tokenizer: Any, tokens: int, within: str | None = None) -> None:
+    """Warn of the end of a prompt that no text encoder reads; say nothing if there is none.
+
+    Args:
+        prompt: what is written, without the signs of weights.
+        tokenizer: of the encoder that reads most of it.
+        tokens: that the encoder takes, of which some only say where a text begins or ends.
+        within: the text that it reads, where that has more words than the prompt's.
+    """
+    prompt, text = prompt.strip(), within or prompt
+    known = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    begins = [begin for begin, _ in known["offset_mapping"]]
+    room = tokens - tokenizer.num_special_tokens_to_add()
+    if len(begins) <= room:
+        return
+    start = text.find(prompt)
+    own = [begin - start for begin in begins if start <= begin < start + len(prompt)]
+    takes = room - sum(begin < start for begin in begins)
+    if len(own) <= takes:  # what follows the prompt is left out, and all of the prompt is read
+        return
+    first = own[takes]
+    while _WITHIN.fullmatch(prompt[max(first - 1, 0) : first + 1]):
+        first -= 1
+    log.warning(
+        "prompt %r: has %d tokens, of which the text encoder takes %d: it is not read from %r on",
+        _quoted(prompt), len(own), takes, _quoted(prompt[first:].strip()),
+    )  # fmt: skip
+
+
+def _quoted(text: str) -> str:
+    return text if len(text) <= _QUOTED else text[:_QUOTED].rstrip() + "…"
 
 
 def _checked(weight: float, said: str) -> float:

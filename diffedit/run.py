@@ -6,7 +6,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -23,6 +23,18 @@ if TYPE_CHECKING:
 
 #: What a control network adds in a call of the denoiser.
 Lead = Callable[[ModelInput, Call], Residuals]
+
+
+class Load(Protocol):
+    """Loads something heavy once per editor; see `Run.resource`."""
+
+    def __call__(self, key: str, loader: Callable[[], Any], of: str | None = None) -> Any:
+        """What the loader made."""
+
+
+def load_each_time(key: str, loader: Callable[[], Any], of: str | None = None) -> Any:
+    """A `Load` that keeps nothing."""
+    return loader()
 
 
 class Streams:
@@ -74,7 +86,7 @@ class Run:
         streams: the named streams of random numbers.
         compat: whether this pass is compared with diffusers' own pipelines.
         preprocessors: what can turn a picture into a control hint, by name.
-        load: ``load(key, loader)``: loads something heavy once per editor.
+        load: ``load(key, loader, of)``: loads something heavy once per editor; see `resource`.
         inverter: what `invert` calls, from the phase `prepare` on.
     """
 
@@ -87,7 +99,7 @@ class Run:
     streams: Streams
     compat: bool = False
     preprocessors: Mapping[str, Preprocessor] = field(default_factory=dict)
-    load: Callable[[str, Callable[[], Any]], Any] = field(default=lambda key, loader: loader())
+    load: Load = load_each_time
     inverter: Callable[..., Generator[Step, None, Inversion]] | None = None
 
     def invert(
@@ -141,9 +153,14 @@ class Run:
         if capability not in self.model.capabilities:
             raise lacking(who, [capability], self.model.capabilities)
 
-    def resource(self, key: str, loader: Callable[[], Any]) -> Any:
-        """Load something heavy once per editor; later calls with the same key return it."""
-        return self.load(key, loader)
+    def resource(self, key: str, loader: Callable[[], Any], of: str | None = None) -> Any:
+        """Load something heavy once per editor; later calls with the same key return it.
+
+        Args:
+            of: the file or folder that ``loader`` reads, if it reads one: when that has changed it
+                is loaded anew.
+        """
+        return self.load(key, loader, of)
 
     def control_net(
         self, source: str | None, kind: str | None = None, mode: int | None = None
@@ -155,7 +172,7 @@ class Run:
                 `kind`.
         """
         key = f"control:{source or self.model.info['source']}:{kind if source is None else ''}"
-        net = self.resource(key, lambda: self.model.load_control(source, kind))
+        net = self.resource(key, lambda: self.model.load_control(source, kind), source)
         return self.model.in_mode(net, kind or "", mode)
 
     def led_by(self, net: Any, hint: Callable[[], torch.Tensor], weight: float = 1.0) -> Lead:
@@ -184,11 +201,11 @@ class Run:
             token: how prompts say it; None: as the file has it.
         """
         key = f"textual_inversion:{source}:{token or ''}"
-        return self.resource(key, lambda: self.model.load_textual_inversion(source, token))
+        return self.resource(key, lambda: self.model.load_textual_inversion(source, token), source)
 
     def lora(self, source: str) -> Any:
         """Low-rank additions to the model's weights: its own by name, or from file or hub."""
-        return self.resource(f"lora:{source}", lambda: self.model.load_lora(source))
+        return self.resource(f"lora:{source}", lambda: self.model.load_lora(source), source)
 
     def ip_adapter(self, source: str, encoder: str | None = None) -> Any:
         """What makes a prompt of a picture, from a file, a folder or the hub.
@@ -198,7 +215,7 @@ class Run:
         """
         key = f"ip_adapter:{source}:{encoder or ''}"
         return self.resource(
-            key, lambda: self.model.load_ip_adapter(source, encoder, self.resource)
+            key, lambda: self.model.load_ip_adapter(source, encoder, self.resource), source
         )
 
     def preprocess(self, kind: str, weights: str | None = None) -> Preprocess:
@@ -211,6 +228,6 @@ class Run:
             raise ParameterError(f"no preprocessor {kind!r}{nearest(kind, self.preprocessors)}")
         found = self.preprocessors[kind]
         made: Preprocess = self.resource(
-            f"preprocessor:{kind}:{weights}", lambda: found.load(weights)
+            f"preprocessor:{kind}:{weights}", lambda: found.load(weights), weights
         )
         return made

@@ -2,8 +2,8 @@
 
 The README's: left the photograph with the mask outlined, then what three prompts put there. That of
 `prompts.md`: a prompt, then with a region, then two regions. That of `train-controlnet.md`: a drawn
-scene, its edges, and three prompts that follow them. The seeds are fixed, so a machine of
-the same kind makes the same pictures again.
+scene, what is to be followed of it (edges, depth, regions), and three prompts that do. The seeds
+are fixed, so a machine of the same kind makes the same pictures again.
 """
 
 from __future__ import annotations
@@ -38,18 +38,22 @@ def main() -> None:
     editor = Editor.load()
     before_after(editor)
     regions(editor)
-    edges(editor)
+    hints(editor)
 
 
-def edges(editor: Editor) -> None:
-    """Write docs/edges.png."""
-    scene = Hinted(Drawn({"rich": 1.0}, 1, 256, first=SCENE), "canny")[0]
-    assert scene.hint is not None
-    pictures = [scene.image, scene.hint]
-    for prompt, seed in FOLLOWED:
-        pass_ = Pass(prompt=prompt, edits=(ControlNet(kind="canny"),))
-        pictures.append(editor.run(scene.image, pass_, seed=seed).pixels)
-    Image.fromarray(np.concatenate(pictures, axis=1)).save(ROOT / "docs" / "edges.png")
+def hints(editor: Editor) -> None:
+    """Write docs/hints.png: a row for each kind of hint."""
+    rows = []
+    for kind in ("canny", "depth", "segments"):
+        scene = Hinted(Drawn({"rich": 1.0}, 1, 256, first=SCENE), kind)[0]
+        assert scene.hint is not None
+        hint = Image.fromarray(scene.hint)
+        pictures = [scene.image, scene.hint]
+        for prompt, seed in FOLLOWED:
+            pass_ = Pass(prompt=prompt, edits=(ControlNet(kind="none", image=hint),))
+            pictures.append(editor.run(scene.image, pass_, seed=seed).pixels)
+        rows.append(np.concatenate(pictures, axis=1))
+    Image.fromarray(np.concatenate(rows)).save(ROOT / "docs" / "hints.png")
 
 
 def regions(editor: Editor) -> None:

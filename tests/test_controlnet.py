@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel, T2IAdapter
+from safetensors.torch import save_file
 from skimage import data
 
 from diffedit import Call, Contribution, Editor, ModelInput, Pass, Residuals, Run, errors
@@ -22,6 +25,9 @@ from diffedit_controlnet import ControlNet
 from diffedit_controlnet.preprocessors import DETECTORS, canny
 from diffedit_inpaint import Inpaint
 from diffedit_invert import Invert
+from tests.hub_server import serving
+from tests.test_hub import use
+from tests.test_single_files import unet
 
 PHOTO = data.chelsea()[40:168, 100:228]
 
@@ -284,6 +290,120 @@ def test_networks_that_do_not_fit_are_refused(editor: Editor, tmp_path: Path) ->
     type(net).from_config(config).save_pretrained(tmp_path / "other")
     with pytest.raises(errors.ModelError, match="cross_attention_dim"):
         made(editor, ControlNet(model=str(tmp_path / "other")))
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def original(net: Any) -> dict[str, torch.Tensor]:
+    """A control network as its makers call its tensors."""
+    names: dict[str, Any] = {
+        r"^model\.diffusion_model\.": "control_model.",
+        r"controlnet_down_blocks\.(\d+)": r"zero_convs.\1.0",
+        r"controlnet_mid_block": "middle_block_out.0",
+        r"controlnet_cond_embedding\.conv_in": "input_hint_block.0",
+        r"controlnet_cond_embedding\.conv_out": "input_hint_block.14",
+        r"controlnet_cond_embedding\.blocks\.(\d+)": (
+            lambda found: f"input_hint_block.{2 * int(found[1]) + 2}"
+        ),
+    }
+    made = {}
+    for name, tensor in unet(net).items():
+        for ours, theirs in names.items():
+            name = re.sub(ours, theirs, name)
+        made[name] = tensor.contiguous()
+    return made
+
+
+def test_a_file_with_its_configuration_beside_it_is_as_its_folder(
+    editor: Editor, folder: Path, tmp_path: Path
+) -> None:
+    """In both layouts, and of every class that has no other."""
+    expected = made(editor, ControlNet(model=str(folder)))
+    assert (made(editor, ControlNet(model=str(folder / WEIGHTS))) == expected).all()
+    shutil.copy(folder / "config.json", tmp_path)
+    save_file(original(ControlNetModel.from_pretrained(folder)), tmp_path / "a.safetensors")
+    assert (made(editor, ControlNet(model=str(tmp_path / "a.safetensors"))) == expected).all()
+    adapter = T2IAdapter(channels=(32, 64), num_res_blocks=1, downscale_factor=8)
+    adapter.save_pretrained(tmp_path)
+    loaded = editor.model.load_control(str(tmp_path / WEIGHTS))
+    assert isinstance(loaded, T2IAdapter)
+    state = loaded.state_dict()
+    assert all(torch.equal(state[name], one) for name, one in adapter.state_dict().items())
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+def test_the_configuration_of_a_lone_file_is_its_makers(
+    layout: str, editor: Editor, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, makers = tmp_path / "lone.safetensors", "lllyasviel/control_v11p_sd15_canny"
+    net = ControlNetModel.from_pretrained(folder)
+    save_file(original(net) if layout == "original" else net.state_dict(), file)
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')  # not its own
+    with serving() as server:
+        use(monkeypatch, server.url, tmp_path / "cache")
+        with pytest.raises(errors.ModelError) as refused:
+            made(editor, ControlNet(model=str(file)))
+        told = str(refused.value)
+        assert told.startswith(f"{file}: no config.json of it lies beside it")
+        assert f"({makers}: no such folder here, and none of this name on the hub" in told
+        assert told.endswith("name the folder or hub id of a control network")
+        server.push(makers, folder)
+        mine = made(editor, ControlNet(model=str(file)))
+        assert server.fetched() == ["config.json"]
+    assert (mine == made(editor, ControlNet(model=str(folder)))).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "seems"),
+    [
+        ("unet.down_blocks.0.attentions.0.to_q.lora_A.weight", "a LoRA"),
+        ("lora_unet_down_blocks_0_to_q.lora_down.weight", "a LoRA"),
+        ("lora_controlnet", "a Control-LoRA"),
+        ("image_proj.proj.weight", "an IP-Adapter"),
+        ("first_stage_model.encoder.conv_in.weight", "a whole model"),
+        ("model.diffusion_model.input_blocks.0.0.weight", "a denoiser"),
+        ("decoder.conv_in.weight", "an autoencoder"),
+    ],
+)
+def test_a_file_of_something_else_is_told_by_its_tensors(
+    name: str, seems: str, editor: Editor, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copy(folder / "config.json", tmp_path)
+    save_file({name: torch.zeros(4, 4)}, tmp_path / "a.safetensors")
+    with pytest.raises(errors.ModelError) as refused:
+        made(editor, ControlNet(model=str(tmp_path / "a.safetensors")))
+    said = f"{tmp_path / 'a.safetensors'}: seems to be {seems}, which is no control network"
+    assert str(refused.value) == said
+
+
+def test_a_file_that_lacks_a_tensor_is_refused(
+    editor: Editor, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copy(folder / "config.json", tmp_path)
+    net, file = ControlNetModel.from_pretrained(folder), tmp_path / "a.safetensors"
+    lost = {
+        "controlnet_mid_block.weight": "middle_block_out.0.weight",
+        "controlnet_down_blocks.1.weight": "zero_convs.1.0.weight",
+        "controlnet_cond_embedding.blocks.0.bias": "input_hint_block.2.bias",
+        "mid_block.resnets.0.conv1.weight": "middle_block.0.in_layers.2.weight",
+    }
+    for ours, theirs in lost.items():
+        for name, state in ((ours, net.state_dict()), (f"control_model.{theirs}", original(net))):
+            del state[name]
+            save_file(state, file)
+            with pytest.raises(errors.ModelError, match=f"^{file}: lacks {ours}; it would be"):
+                made(editor, ControlNet(model=str(file)))
+    save_file({"a": torch.zeros(2)}, file)
+    with pytest.raises(errors.ModelError, match=f"^{file}: lacks .* and .* more tensors"):
+        made(editor, ControlNet(model=str(file)))
+    config = json.loads((folder / "config.json").read_text())
+    config["_class_name"] = "FluxControlNetModel"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(errors.ModelError, match="holds a FluxControlNetModel, and the loaded mode"):
+        made(editor, ControlNet(model=str(file)))
 
 
 def test_the_models_own_network(tmp_path: Path) -> None:

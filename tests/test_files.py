@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import QwenImageEditPipeline
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
@@ -236,6 +237,10 @@ def _set(file: str, **said: Any) -> Callable[[Path], None]:
             "its weights are quantised by exl2, which diffedit does not read",
         ),
         (
+            lambda f: [file.unlink() for file in (f / "tokenizer").iterdir()],
+            r"tokenizer: the .* its vocabulary \(tokenizer\.json or vocab\.json\) is missing$",
+        ),
+        (
             lambda f: without(f / "text_encoder" / "model.safetensors"),
             "text_encoder: lacks .* and 1 more tensors; it would be random",
         ),
@@ -249,6 +254,68 @@ def test_a_folder_that_is_not_what_it_says(
         Editor.load(folder, device="cpu")
     assert str(refused.value).startswith(str(folder))
     assert unread == []
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_tokenizer_that_knows_no_words(family: Tiny, tmp_path: Path, unread: list[str]) -> None:
+    """Transformers makes an empty one, to which every prompt is the same."""
+    kinds = {"qwen-image": {"kind": QwenImageEditPipeline}}  # its processor has one inside, too
+    family.save(family.pipeline(**kinds.get(family.name, {})), tmp_path)
+    vocabularies = sorted(tmp_path.glob("*/tokenizer.json"))
+    assert len(vocabularies) == len([*tmp_path.glob("*/tokenizer_config.json")]) > 0
+    for file in vocabularies:
+        words = file.read_bytes()
+        file.unlink()
+        with pytest.raises(ModelError) as refused:
+            Editor.load(tmp_path, device="cpu")
+        said = f"{file.parent}: the tokenizer knows no words: its vocabulary ("
+        assert str(refused.value).startswith(said)
+        file.write_bytes(words)
+    assert unread == []
+    Editor.load(tmp_path, device="cpu")
+
+
+def eighth(path: Path, scale: str | None = None) -> None:
+    """Have matrices in 8 bits, with scales of that name beside them."""
+    made = {}
+    for name, tensor in load_file(path).items():
+        matrix = tensor.ndim == 2 and name.endswith(".weight") and "embed" not in name
+        made[name] = tensor.to(torch.float8_e4m3fn) if matrix else tensor
+        if matrix and scale:
+            made[name.replace(".weight", f".{scale}")] = torch.tensor(1.0)
+    save_file(made, path, {"format": "pt"})
+
+
+def whole_numbers(path: Path) -> None:
+    tensors = load_file(path)
+    name = next(one for one in sorted(tensors) if one.endswith("fc1.weight") or "to_q.w" in one)
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("part", [UNET, "text_encoder/model.safetensors", f"controlnet/{WEIGHTS}"])
+def test_weights_that_mean_something_with_their_scales_only(
+    part: str, folder: Path, unread: list[str]
+) -> None:
+    def load() -> None:
+        made: Any = Editor.load(folder, device="cpu").model
+        if part.startswith("controlnet"):
+            made.load_control(str(folder / "controlnet"))
+
+    sound = (folder / part).read_bytes()
+    for spoil, said in (
+        (lambda f: eighth(f, "scale_weight"), r"it holds .*\.scale_weight\)"),
+        (lambda f: eighth(f, "weight_scale"), r"it holds .*\.weight_scale\)"),
+        (whole_numbers, r"its .*\.weight is of type I8\)"),
+    ):
+        spoil(folder / part)
+        unread.clear()
+        match = f"{folder / part}: its weights are quantised in a way that .* not read .{said}"
+        with pytest.raises(ModelError, match=match):
+            load()
+        assert unread == []
+        (folder / part).write_bytes(sound)
+    eighth(folder / part)  # without scales they are what they say
+    load()
 
 
 def test_a_pipeline_that_is_code_is_not_run(folder: Path, tmp_path: Path) -> None:
@@ -381,6 +448,22 @@ def test_the_only_variant_is_taken(tmp_path: Path) -> None:
     pipe: Any = tiny_pipeline()
     pipe.save_pretrained(tmp_path, variant="fp16")
     assert torch.equal(loads(tmp_path).unet.conv_in.weight, pipe.unet.conv_in.weight)
+
+
+def test_a_variant_is_taken_where_there_is_one(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def loaded() -> Any:
+        return Editor.load(folder, device="cpu", variant="fp16").model
+
+    pipe: Any = tiny_pipeline()
+    assert torch.equal(loaded().unet.conv_in.weight, pipe.unet.conv_in.weight)
+    assert f"{folder}: has no weights of variant fp16: takes its plain ones" in caplog.text
+    caplog.clear()
+    pipe.text_encoder.save_pretrained(folder / "text_encoder", variant="fp16")
+    without(folder / "text_encoder" / "model.safetensors")
+    loaded()
+    assert "variant" not in caplog.text
 
 
 def test_pickles_that_are_nobodys_part_are_left_alone(tmp_path: Path) -> None:

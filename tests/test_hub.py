@@ -125,6 +125,21 @@ def test_a_variant_is_fetched_where_there_is_one(server: Hub) -> None:
     assert "vae/diffusion_pytorch_model.safetensors" in fetched
 
 
+def test_where_no_part_is_of_a_variant_it_is_told(
+    server: Hub, folders: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    del server.repositories[NAME]["main"]["unet/diffusion_pytorch_model.fp16.safetensors"]
+    mine = Editor.load(NAME, variant="fp16")
+    assert (pixels(mine) == pixels(Editor.load(folders[0]))).all()
+    assert f"{NAME}: has no weights of variant fp16: takes its plain ones" in caplog.text
+
+
+def test_a_tokenizer_that_knows_no_words_is_refused(server: Hub) -> None:
+    del server.repositories[NAME]["main"]["tokenizer/tokenizer.json"]
+    with pytest.raises(errors.ModelError, match="/tokenizer: the tokenizer knows no words"):
+        Editor.load(NAME)
+
+
 def test_a_variant_is_named_on_the_command_line_and_holds_for_the_models_of_passes(
     server: Hub, folders: list[Path], tmp_path: Path
 ) -> None:
@@ -199,6 +214,55 @@ def test_control_networks_by_hub_id(server: Hub, tmp_path: Path) -> None:
     ]
     assert (made[0] == made[1]).all()
     assert server.fetched() == ["config.json", "diffusion_pytorch_model.safetensors"]
+
+
+def test_a_models_own_loras_come_with_it(server: Hub, folders: list[Path], tmp_path: Path) -> None:
+    """They are few and small, and called by their names alone."""
+    own = tmp_path / "model" / "lora" / "soft"
+    shutil.copytree(folders[0], tmp_path / "model")
+    own.mkdir(parents=True)
+    file = written(own / "pytorch_lora_weights.safetensors", additions(tiny_pipeline()))
+    (own / "diffedit.json").write_text('{"steps": 4}')
+    server.push("someone/distilled", tmp_path / "model", {"lora/soft/notes.safetensors": b"x"})
+    editor = Editor.load("someone/distilled")
+    go = [Pass(prompt="x", steps=1, edits=[LoRA(model=name)]) for name in ("soft", file)]
+    first, second = (editor.run(None, one, size=(64, 64)).pixels for one in go)
+    assert (first == second).all()
+    assert "lora/soft/diffedit.json" in server.fetched()
+    assert "lora/soft/notes.safetensors" not in server.fetched()
+
+
+def test_what_the_hub_does_not_have(server: Hub, tmp_path: Path) -> None:
+    editor = Editor.load(NAME)
+    for named, said in (
+        ("someone/model/other.safetensors", r"someone/model: has no other.safetensors on the hub$"),
+        ("https://huggingface.co/someone/model/blob/main/a.safetensors", "an address: give a file"),
+    ):
+        with pytest.raises(errors.ModelError, match=said):
+            editor.run(None, Pass(prompt="x", steps=1, edits=[LoRA(model=named)]))
+    server.push("someone/empty", tmp_path / "nothing", {"notes.txt": b"x"})
+    with pytest.raises(errors.ModelError, match=r"has no model_index\.json on the hub, so it"):
+        Editor.load("someone/empty")
+
+
+def test_the_autoencoder_of_a_whole_model_by_its_hub_id(
+    server: Hub, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of its folder, and nothing else of it is fetched."""
+    wanted = pixels(Editor.load(folders[0], vae=folders[1]))
+    commit = server.push("someone/other", folders[1])
+    server.push("someone/vae", folders[1] / "vae")
+    assert (pixels(Editor.load(folders[0], vae="someone/other")) == wanted).all()
+    weights = "diffusion_pytorch_model.safetensors"
+    assert server.fetched() == ["vae/config.json", f"vae/{weights}"]
+    assert (pixels(Editor.load(folders[0], vae=f"someone/other@{commit}")) == wanted).all()
+    assert (pixels(Editor.load(folders[0], vae="someone/vae")) == wanted).all()
+    server.asked.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for name in ("someone/other", "someone/vae"):
+        assert (pixels(Editor.load(folders[0], vae=name)) == wanted).all()
+    with pytest.raises(errors.ModelError, match="someone/other: no such folder here, and the hub"):
+        Editor.load("someone/other")  # a part of it is no model
 
 
 def test_a_control_network_of_another_class_is_refused_before_its_weights_are_fetched(

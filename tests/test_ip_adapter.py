@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,17 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from skimage import data
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from diffedit import Editor, Pass, errors
 from diffedit.cli import main
@@ -21,7 +31,9 @@ from diffedit_inpaint import Inpaint
 from diffedit_ip_adapter import IPAdapter
 from diffedit_style import Style
 from tests.families import CHROMA, FLUX, SD, SDXL, Tiny
-from tests.families.ip_adapter import write, write_for_flux
+from tests.families.ip_adapter import HIDDEN, PROJECTED, SIDE, write, write_for_flux
+from tests.hub_server import Hub, serving
+from tests.test_hub import use
 
 CAT, CUP = data.chelsea()[:120, :160], data.coffee()[:100, :100]
 STEPS, SEED = 4, 3
@@ -141,7 +153,8 @@ def test_guidance_leads_away_from_no_picture(tmp_path: Path) -> None:
     editor = SD.editor()
     file = str(write(tmp_path, editor.model.denoiser))  # type: ignore[attr-defined]
     seen: list[list[bool]] = []
-    adapter = editor.model.load_ip_adapter(file, None, lambda key, loader: loader())
+    latents(editor, IPAdapter(model=file, image=CAT))
+    adapter = editor._resources[f"ip_adapter:{file}:"]
     tokens = adapter._tokens
 
     def watched(shown: Any, rows: Any) -> torch.Tensor:
@@ -149,7 +162,6 @@ def test_guidance_leads_away_from_no_picture(tmp_path: Path) -> None:
         return tokens(shown, rows)  # type: ignore[no-any-return]
 
     adapter._tokens = watched
-    editor._resources[f"ip_adapter:{file}:"] = adapter
     latents(editor, IPAdapter(model=file, image=CAT))
     latents(editor, IPAdapter(model=file, image=CAT), guidance=1.0)
     assert seen == [[True, False], [False]]
@@ -371,6 +383,8 @@ def altered(file: Path, **changed: Any) -> Path:
         ({"to_k_ip": lambda w: w[:, :-1]}, "made for another model"),
         ({"ip_adapter__3": lambda w: None}, "made for another model"),
         ({"image_proj__proj__weight": lambda w: w[:, :-1]}, "another image encoder"),
+        ({"1__to_k_ip": lambda w: w * torch.nan}, "1.to_k_ip.weight holds numbers .* not finite"),
+        ({"image_proj__norm": lambda w: w + torch.inf}, "holds numbers that are not finite"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(
@@ -402,6 +416,118 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
         latents(editor, IPAdapter(model=str(alone), image=CAT))
     with pytest.raises(errors.MaskError, match="one size"):
         latents(editor, IPAdapter(model=str(alone), image=CAT, mask=half(8)))
+
+
+# -- image encoders that lie elsewhere -------------------------------------------------------------
+
+
+def eyes(**said: Any) -> CLIPVisionConfig:
+    """Of an image encoder as those of `write`."""
+    usual = {"hidden_size": HIDDEN, "projection_dim": PROJECTED, "intermediate_size": 64}
+    usual |= {"num_hidden_layers": 2, "num_attention_heads": 4, "image_size": SIDE}
+    return CLIPVisionConfig(**usual | {"patch_size": 8} | said)
+
+
+def repository(folder: Path, unet: Any, kind: str) -> Path:
+    """As h94/IP-Adapter is: beside the adapter lies a larger encoder, its own lies in models."""
+    file = write(folder / "sdxl_models", unet, kind)
+    (folder / "models").mkdir()
+    (file.parent / "image_encoder").rename(folder / "models" / "image_encoder")
+    large = CLIPVisionModelWithProjection(eyes(hidden_size=48, projection_dim=24))
+    large.save_pretrained(file.parent / "image_encoder")
+    return file
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with serving() as served:
+        use(monkeypatch, served.url, tmp_path / "cache")
+        monkeypatch.chdir(tmp_path)  # where no folder is called as the repositories are
+        yield served
+
+
+@pytest.mark.parametrize("kind", ["plain", "plus"])
+def test_the_encoder_that_fits_is_found(
+    kind: str, tmp_path: Path, server: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    editor = SDXL.editor()
+    file = repository(tmp_path / "files", editor.model.denoiser, kind)  # type: ignore[attr-defined]
+    own = str(tmp_path / "files" / "models" / "image_encoder")
+    server.push("someone/adapters", tmp_path / "files")
+    place = f"someone/adapters/sdxl_models/{file.name}"
+    expected = latents(editor, IPAdapter(model=str(file), image=CAT, encoder=own))
+    for model in (str(file), place):
+        assert torch.equal(latents(editor, IPAdapter(model=model, image=CAT)), expected)
+    fetched = server.fetched()
+    assert "models/image_encoder/model.safetensors" in fetched
+    assert "sdxl_models/image_encoder/model.safetensors" not in fetched  # the larger one
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert torch.equal(latents(SDXL.editor(), IPAdapter(model=place, image=CAT)), expected)
+    # One beside the adapter that fits goes before.
+    shutil.rmtree(file.parent / "image_encoder")
+    near = file.parent / "image_encoder"
+    torch.manual_seed(5)
+    CLIPVisionModelWithProjection(eyes()).save_pretrained(near)
+    made = latents(SDXL.editor(), IPAdapter(model=str(file), image=CAT))
+    assert not torch.equal(made, expected)
+
+
+def test_an_encoder_may_be_a_place_on_the_hub(tmp_path: Path, server: Hub) -> None:
+    editor = SD.editor()
+    unet = editor.model.denoiser  # type: ignore[attr-defined]
+    file = repository(tmp_path / "files", unet, "plain")
+    near = tmp_path / "files" / "models" / "image_encoder"
+    commit = server.push("someone/adapters", tmp_path / "files")
+
+    def seen(encoder: str) -> torch.Tensor:
+        return latents(SD.editor(), IPAdapter(model=str(file), image=CAT, encoder=encoder))
+
+    expected = seen(str(near))
+    assert torch.equal(seen("someone/adapters/models/image_encoder"), expected)
+    assert set(server.fetched()) == {
+        f"models/image_encoder/{name}" for name in ("config.json", "model.safetensors")
+    }
+    torch.manual_seed(5)
+    CLIPVisionModelWithProjection(eyes()).save_pretrained(near)
+    server.push("someone/adapters", tmp_path / "files")
+    assert not torch.equal(seen("someone/adapters/models/image_encoder"), expected)
+    assert torch.equal(seen(f"someone/adapters@{commit}/models/image_encoder"), expected)
+    # A whole CLIP, in the folder that a repository is.
+    text = CLIPTextConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    whole = CLIPModel(
+        CLIPConfig(
+            text_config=text.to_dict(), vision_config=eyes().to_dict(), projection_dim=PROJECTED
+        )
+    )
+    whole.save_pretrained(tmp_path / "whole")
+    server.push("someone/clip", tmp_path / "whole", {"pytorch_model.bin": b"not for us"})
+    assert torch.equal(seen("someone/clip"), seen(str(tmp_path / "whole")))
+
+
+def test_an_encoder_that_is_none_is_refused(tmp_path: Path, server: Hub) -> None:
+    editor = SD.editor()
+    file = repository(tmp_path / "files", editor.model.denoiser, "plain")  # type: ignore[attr-defined]
+    shutil.rmtree(tmp_path / "files" / "models")
+    server.push("someone/adapters", tmp_path / "files")
+    config = b"{}"
+    pickled = {"a/config.json": config, "a/pytorch_model.bin": b""}
+    (tmp_path / "nothing").mkdir()
+    server.push("someone/pickles", tmp_path / "nothing", pickled)
+    for encoder, said in {
+        "someone/adapters": "config.json, on the hub; there is someone/adapters/sdxl_models/image_",
+        "someone/adapters/x": "config.json, on the hub",
+        "someone/adapters/../..": "no folder of an image encoder",
+        "someone/pickles/a": "someone/pickles/a/pytorch_model.bin: a pickle",
+        "someone/nobody/a": "none of this name on the hub",
+        "nothing/here": "no folder of an image encoder",
+        str(tmp_path / "x"): "no folder of an image encoder",
+        "someone/adapters/sdxl_models/image_encoder": "another image encoder than",
+    }.items():
+        with pytest.raises(errors.ModelError, match=said) as error:
+            latents(editor, IPAdapter(model=str(file), image=CAT, encoder=encoder))
+        assert "\n" not in str(error.value)
+    with pytest.raises(errors.ModelError, match="takes 16 numbers, and this one gives 24; name"):
+        latents(editor, IPAdapter(model=f"someone/adapters/sdxl_models/{file.name}", image=CAT))
 
 
 def test_other_families_refuse_before_weights_are_read(tmp_path: Path, capsys: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from diffedit.prompts import Prompt, parse
 from diffedit_invert import Invert
 from diffedit_region import Region
 from diffedit_style import Style
-from tests.families import FAMILIES, PIXART, SD, SD3, SDXL, Tiny, xl_pipeline
+from tests.families import FAMILIES, FLUX, PIXART, SD, SD3, SDXL, Tiny, xl_pipeline
 from tests.laws.photographs import photograph
 from tests.laws.tools import Custom
 
@@ -250,6 +251,71 @@ def test_encoders_that_want_a_mask_are_shown_what_is_said() -> None:
     clip = Clip(pipe, "tokenizer", "text_encoder")
     states, _ = clip.read(clip.chunks(parse("a red circle")))
     assert torch.equal(states, plain(pipe, "a red circle")[0])
+
+
+# --- what is not read -----------------------------------------------------------------------------
+
+CUTTING = [family for family in FAMILIES if family not in READING]
+#: Each another, so that a quotation says its place; 2 letters and more.
+MANY = [f"w{number}" for number in range(600)]
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """diffedit's own; diffusers has others, of each encoder, which the command line hides."""
+    return [one.getMessage() for one in caplog.records if one.name.startswith("diffedit")]
+
+
+def unread(caplog: pytest.LogCaptureFixture, model: Any, prompt: str) -> tuple[str, dict[str, Any]]:
+    """What a warning says it begins with, that a prompt has more of ("" if none); what is read."""
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "diffedit"):
+        said = model.embed([prompt], SIZE).tensors
+    told = warnings(caplog)
+    assert len(told) <= 1
+    rest = told[0].rpartition("not read from '")[2].removesuffix("' on") if told else ""
+    return rest, said
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("family", CUTTING, ids=lambda family: family.name)
+def test_a_warning_says_from_where_on_a_prompt_is_not_read(
+    family: Tiny, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = editor(family).model
+    rest, said = unread(caplog, model, " ".join(MANY))
+    first = MANY.index(rest.split()[0])
+    assert first > 10
+    later = [*MANY[: first + 1], "a", "red", "hat", *MANY]
+    assert same(unread(caplog, model, " ".join(later))[1], said)
+    earlier = [*MANY[: first - 1], "zz", *MANY[first:]]
+    assert not same(unread(caplog, model, " ".join(earlier))[1], said)
+    assert unread(caplog, model, " ".join(MANY[:first]))[0] == ""
+    assert unread(caplog, model, " ".join(MANY[: first + 1]))[0].startswith(MANY[first])
+    assert unread(caplog, model, "  a red circle ")[0] == ""
+    assert unread(caplog, model, "")[0] == ""
+
+
+def test_what_one_of_several_encoders_reads_is_read(caplog: pytest.LogCaptureFixture) -> None:
+    """Stable Diffusion 3's T5 takes 256 tokens, CLIP 77; without T5 it has CLIP alone."""
+    whole: Any = SD3.editor().model
+    text = "x " * 100
+    assert unread(caplog, whole, text)[0] == ""
+    whole.pipe.text_encoder_3 = None
+    assert unread(caplog, whole, text)[0] == " ".join("x" * 25)
+    assert "has 100 tokens, of which the text encoder takes 75" in caplog.text
+    caplog.clear()
+    FLUX.editor().run(None, Pass(prompt="x " * 300, steps=3), size=SIZE)
+    assert len(warnings(caplog)) == 1  # of Flux's two encoders, once in all steps
+
+
+@by_name
+def test_nothing_is_said_of_what_is_read_in_chunks(
+    family: Tiny, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert unread(caplog, editor(family).model, " ".join(MANY))[0] == ""
 
 
 # --- in a pass ------------------------------------------------------------------------------------

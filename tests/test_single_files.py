@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import FluxKontextPipeline
+from diffusers import EDMDPMSolverMultistepScheduler, FluxKontextPipeline
 from safetensors.torch import load_file, save_file
 from skimage import data
 
@@ -20,7 +21,7 @@ from diffedit.cli import main
 from diffedit.models import single_file
 from diffedit.models.files import header
 from diffedit_img2img import Img2Img
-from tests.families import FLUX, SD3, Tiny
+from tests.families import FLUX, SD, SD3, SDXL, Tiny
 from tests.families.originals import autoencoder, flux, narrow_flux, sampled, sd3, text_encoders
 from tests.hub_server import serving
 from tests.test_hub import use
@@ -136,7 +137,7 @@ def test_without_a_config_the_makers_own_is_asked_of_the_hub(
 ) -> None:
     whole, folder = file_of(folders, family, "whole")
     bare, _ = file_of(folders, family, "bare")
-    name = single_file._published(whole, header(whole))
+    name = single_file.published(whole, header(whole))
     with serving() as server:
         use(monkeypatch, server.url, tmp_path / "cache")
         with pytest.raises(errors.ModelError, match=f"{name}: .*none of this name on the hub"):
@@ -174,9 +175,15 @@ def test_files_that_do_not_fit_are_refused(folders: dict[str, Path], tmp_path: P
         Editor.load(other, config=other, device="cpu")
     state = load_file(file)
     faults: list[tuple[Callable[[Any], Any], str]] = [
-        (lambda s: s.pop("double_blocks.0.img_mod.lin.bias"), "cannot be loaded|lacks"),
-        (lambda s: s.update({"txt_in.weight": torch.zeros(3, 3)}), "cannot be loaded .*shape"),
-        (lambda s: s.pop("vae.encoder.conv_in.weight"), "lacks tensors that the configuration in"),
+        (lambda s: s.pop("double_blocks.0.img_mod.lin.bias"), "lacks double_blocks.0.img_mod"),
+        (
+            lambda s: s.update({"txt_in.weight": torch.zeros(3, 3)}),
+            r"its transformer\.context_embedder\.weight is \[3, 3\] where its configuration asks",
+        ),
+        (
+            lambda s: s.pop("vae.encoder.conv_in.weight"),
+            r"lacks vae\.encoder\.conv_in\.weight; .* \(the configuration is .*vae/config\.json",
+        ),
         (
             lambda s: s.pop("text_encoders.t5xxl.transformer.encoder.final_layer_norm.weight"),
             "lacks",
@@ -190,9 +197,172 @@ def test_files_that_do_not_fit_are_refused(folders: dict[str, Path], tmp_path: P
             Editor.load(
                 tmp_path / "wrong.safetensors", config=folders["place"] / FLUX.name, device="cpu"
             )
+    for beside in (file, folders["place"] / FLUX.name / "model_index.json"):
+        with pytest.raises(errors.ModelError, match=f"^{beside}: a file, and config names a"):
+            Editor.load(file, config=beside, device="cpu")
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(errors.ModelError, match="not a checkpoint in an original layout"):
         Editor.load(tmp_path / "other.safetensors")
+
+
+def test_a_config_whose_tokenizer_knows_no_words(folders: dict[str, Path], tmp_path: Path) -> None:
+    file, folder = file_of(folders, FLUX, "whole")
+    shutil.copytree(folder, tmp_path / "config")
+    (tmp_path / "config" / "tokenizer_2" / "tokenizer.json").unlink()
+    with pytest.raises(errors.ModelError, match="tokenizer_2: the tokenizer knows no words"):
+        Editor.load(file, config=tmp_path / "config", device="cpu")
+
+
+@pytest.mark.parametrize("part", ["double_blocks.0.img_attn.", "text_encoders.t5xxl.", "vae."])
+def test_weights_that_are_quantised(part: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """ComfyUI's and bitsandbytes' would be read as if they were plain, without a word."""
+    file, folder = file_of(folders, FLUX, "whole")
+    state, wrong = load_file(file), tmp_path / "wrong.safetensors"
+    name = next(one for one in state if one.startswith(part) and one.endswith(".weight"))
+    stem = name.removesuffix(".weight")
+    eighth = {name: state[name].to(torch.float8_e4m3fn)}
+    faults: list[tuple[dict[str, torch.Tensor], str]] = [
+        (eighth | {f"{stem}.scale_weight": torch.tensor(0.5)}, f"holds {stem}.scale_weight"),
+        (eighth | {f"{stem}.weight_scale": torch.tensor(0.5)}, f"holds {stem}.weight_scale"),
+        (eighth | {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}, "holds scaled_fp8"),
+        ({name: state[name].to(torch.int8)}, f"its {name} is of type I8"),
+        ({name: torch.zeros(9, 1, dtype=torch.uint8)}, f"its {name} is of type U8"),
+    ]
+    for changes, said in faults:
+        save_file(state | changes, wrong)
+        with pytest.raises(errors.ModelError, match="quantised in a way that") as refused:
+            Editor.load(wrong, config=folder, device="cpu")
+        assert str(refused.value).startswith(f"{wrong}: ")
+        assert said in str(refused.value)
+    save_file(state | eighth | {f"{stem}.position_ids": torch.arange(3)}, wrong)
+    Editor.load(wrong, config=folder, device="cpu")
+
+
+# --- UNets ----------------------------------------------------------------------------------------
+
+
+def unet(net: Any) -> dict[str, torch.Tensor]:
+    """A UNet of Stable Diffusion or its XL as its makers call its tensors."""
+    each = net.config.layers_per_block + 1
+    names = {
+        r"time_embedding\.linear_1": "time_embed.0",
+        r"time_embedding\.linear_2": "time_embed.2",
+        r"add_embedding\.linear_1": "label_emb.0.0",
+        r"add_embedding\.linear_2": "label_emb.0.2",
+        r"^conv_in": "input_blocks.0.0",
+        r"^conv_norm_out": "out.0",
+        r"^conv_out": "out.2",
+        r"mid_block\.attentions\.0": "middle_block.1",
+        r"mid_block\.resnets\.0": "middle_block.0",
+        r"mid_block\.resnets\.1": "middle_block.2",
+        r"norm1\.(?=\w+$)": "in_layers.0.",
+        r"\.conv1": ".in_layers.2",
+        r"\.time_emb_proj": ".emb_layers.1",
+        r"norm2\.(?=\w+$)": "out_layers.0.",
+        r"\.conv2": ".out_layers.3",
+        r"conv_shortcut": "skip_connection",
+    }
+    kinds = {"resnets": 0, "attentions": 1}
+
+    def place(found: re.Match[str]) -> str:
+        way, block, kind, layer = found[1], int(found[2]), found[3], int(found[4])
+        if kind == "downsamplers":
+            return f"input_blocks.{1 + each * block + each - 1}.0.op."
+        if kind == "upsamplers":
+            attends = getattr(net.up_blocks[block], "attentions", None) is not None
+            return f"output_blocks.{each * block + each - 1}.{2 if attends else 1}.conv."
+        if way == "down":
+            return f"input_blocks.{1 + each * block + layer}.{kinds[kind]}."
+        return f"output_blocks.{each * block + layer}.{kinds[kind]}."
+
+    made = {}
+    for name, tensor in net.state_dict().items():
+        attention = "attentions" in name
+        name = re.sub(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(conv\.)?", place, name)
+        for ours, theirs in names.items():
+            if not attention or "block" in ours:
+                name = re.sub(ours, theirs, name)
+        made[f"model.diffusion_model.{name}"] = tensor
+    return made
+
+
+@pytest.fixture(scope="module")
+def unets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stable Diffusion and its XL: folders, and their UNets in files beside them."""
+    place = tmp_path_factory.mktemp("unets")
+    for family in (SD, SDXL):
+        pipe: Any = family.pipeline()
+        family.save(pipe, place / family.name)
+        # A tiny UNet of XL is known by what stands beside it, not by its width.
+        mark = {"conditioner.embedders.2.mark": torch.zeros(1)} if family is SDXL else {}
+        save(unet(pipe.unet) | mark, place / f"{family.name}.safetensors")
+    return place
+
+
+@pytest.mark.parametrize("family", [SD, SDXL], ids=lambda family: family.name)
+@pytest.mark.parametrize("marks", [(), ("v_pred",), ("v_pred", "ztsnr")], ids="-".join)
+def test_a_file_says_what_its_unet_predicts(
+    family: Tiny, marks: tuple[str, ...], unets: Path, tmp_path: Path
+) -> None:
+    """As ComfyUI reads it; equal to a folder whose scheduler says so."""
+    file, config = tmp_path / "marked.safetensors", tmp_path / "config"
+    state = load_file(unets / f"{family.name}.safetensors")
+    save_file(state | {name: torch.zeros(0) for name in marks}, file)
+    shutil.copytree(unets / family.name, config)
+    mine = Editor.load(file, config=config, device="cpu")
+    settings = config / "scheduler" / "scheduler_config.json"
+    said = json.loads(settings.read_text())
+    if "v_pred" in marks:
+        said["prediction_type"] = "v_prediction"
+    if "ztsnr" in marks:
+        said |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    settings.write_text(json.dumps(said))
+    wanted = Editor.load(config, device="cpu")
+    assert mine.model.info["prediction"] == ("v_prediction" if marks else "epsilon")
+    assert dict(mine.model.pipe.scheduler.config) == dict(wanted.model.pipe.scheduler.config)  # type: ignore[attr-defined]
+    ours, theirs = (one.run(None, PASS, size=(64, 64), seed=7) for one in (mine, wanted))
+    assert (ours.pixels == theirs.pixels).all()
+
+
+def test_a_scheduler_that_would_ignore_what_a_file_says_is_replaced(
+    unets: Path, tmp_path: Path
+) -> None:
+    file, config = tmp_path / "marked.safetensors", tmp_path / "config"
+    marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    save_file(load_file(unets / f"{SD.name}.safetensors") | marks, file)
+    shutil.copytree(unets / SD.name, config)
+    index = json.loads((config / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "PNDMScheduler"]
+    (config / "model_index.json").write_text(json.dumps(index))
+    model: Any = Editor.load(file, config=config, device="cpu").model
+    assert model.info["scheduler"] == "EulerDiscreteScheduler"
+    assert model.pipe.scheduler.alphas_cumprod[-1] < 1e-6
+
+
+def test_noise_levels_of_edm_are_those_of_the_config_or_told(
+    unets: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As Playground v2.5 has them, whose folder has such a scheduler."""
+    file, config = tmp_path / "marked.safetensors", tmp_path / "config"
+    marks = {"edm_mean": torch.zeros(4), "edm_std": torch.ones(4)}
+    save_file(load_file(unets / f"{SDXL.name}.safetensors") | marks, file)
+    Editor.load(file, config=unets / SDXL.name, device="cpu")
+    (told,) = [one.getMessage() for one in caplog.records if "EDM" in one.getMessage()]
+    assert told.startswith(f"{file}: was trained at the noise levels of EDM, and {unets}")
+    caplog.clear()
+    pipe: Any = SDXL.pipeline()
+    pipe.scheduler = EDMDPMSolverMultistepScheduler()
+    SDXL.save(pipe, config)
+    Editor.load(file, config=config, device="cpu")
+    assert not caplog.records
+
+
+def test_a_unet_of_other_channels_than_the_config(unets: Path, tmp_path: Path) -> None:
+    SD.save(SD.pipeline(in_channels=9), tmp_path)
+    file = unets / f"{SD.name}.safetensors"
+    said = rf"{file}: its unet\.conv_in\.weight is \[32, 4, 3, 3\] where .* \[32, 9, 3, 3\]"
+    with pytest.raises(errors.ModelError, match=said):
+        Editor.load(file, config=tmp_path, device="cpu")
 
 
 def test_edits_act_on_a_single_file(folders: dict[str, Path], tmp_path: Path) -> None:

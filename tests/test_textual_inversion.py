@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from diffedit import Call, Editor, Pass
 from diffedit.errors import CapabilityError, ModelError, ParameterError, PluginError, UnsafeWeights
 from diffedit_lora import LoRA
+from diffedit_region import Region
 from diffedit_textual_inversion import TextualInversion
 from tests.families import FAMILIES, FLUX, SD, SDXL, Tiny
 from tests.families.additions import additions, written
@@ -253,10 +255,68 @@ def test_words_that_are_none(tmp_path: Path) -> None:
     refused(SD, cut, "cut off")
 
 
-def test_a_prompt_that_does_not_say_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_rows_that_are_not_finite(wrong: float, tmp_path: Path) -> None:
+    one = rows(2)
+    one[1, 3] = wrong
+    file = written(tmp_path / "word.safetensors", {WORD: one})
+    refused(SD, file, r"word\.safetensors: holds numbers that are not finite")
+
+
+# --- how prompts say it ---------------------------------------------------------------------------
+
+
+@each
+def test_capitals_and_small_letters_are_one(family: Tiny, tmp_path: Path) -> None:
+    """As its tokenizer has it, which diffusers asks for words; of several rows all act."""
+    file, editor = file_of(family, tmp_path, 3), family.editor()
+    expected = latents(
+        editor, TextualInversion(model=file, token="easynegative"), prompt="easynegative"
+    )
+    for said in ("easynegative", "EasyNegative", "EASYNEGATIVE"):
+        for token in ("EasyNegative", "easynegative"):
+            made = latents(editor, TextualInversion(model=file, token=token), prompt=said)
+            assert torch.equal(made, expected)
+    weighted = [
+        latents(editor, TextualInversion(model=file, token="EasyNegative"), prompt=f"({said}:1.4)")
+        for said in ("easynegative", "EasyNegative")
+    ]
+    assert torch.equal(*weighted)
+    assert not torch.equal(weighted[0], expected)
+    (tmp_path / "first").mkdir()
+    first = file_of(family, tmp_path / "first")
+    alone = latents(
+        editor, TextualInversion(model=first, token="EasyNegative"), prompt="easynegative"
+    )
+    assert not torch.allclose(alone, expected, atol=1e-3)
+
+
+def test_of_one_row_capitals_are_those_of_diffusers(tmp_path: Path) -> None:
+    """Of several rows diffusers finds the first alone, if a word has capitals."""
+    ours, theirs = Case(SD, None), Case(SD, None)
+    taught(theirs, {"text_encoder": rows()}, WORD.upper())
+    edit = TextualInversion(model=file_of(SD, tmp_path), token=WORD.upper())
+    made = ours.ours(edit, negative=comparisons.NEGATIVE)
+    assert (made - theirs.theirs("text2img", negative=comparisons.NEGATIVE)).abs().max() == 0.0
+
+
+def test_capitals_make_no_new_word(tmp_path: Path) -> None:
     file = file_of(SD, tmp_path)
+    refused(SD, file, "token 'A' is a word of the model already", ParameterError, token="A")
+    edits = [TextualInversion(model=file, token=token) for token in ("Cat", "cat")]
+    with pytest.raises(ParameterError, match="is a word of the model already"):
+        latents(SD.editor(), *edits, prompt="a cat")
+
+
+def test_a_prompt_that_does_not_say_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    edit, editor = TextualInversion(model=file_of(SD, tmp_path)), SD.editor()
+    half = np.zeros((64, 64), np.uint8)
+    half[:, :32] = 255
     with caplog.at_level(logging.WARNING):
-        latents(SD.editor(), TextualInversion(model=file))
+        latents(editor, edit)
+        latents(editor, edit, prompt=f"a {WORD.upper()}")
+        latents(editor, edit, Region(prompt=f"a {WORD}", mask=half), prompt="a box")
+        latents(editor, edit, Region(prompt="a", negative=WORD, mask=half), prompt="a box")
         assert "no prompt of this pass says" not in caplog.text
-        latents(SD.editor(), TextualInversion(model=file), prompt="a box")
-    assert f"no prompt of this pass says {WORD}" in caplog.text
+        latents(editor, edit, Region(prompt="a bag", mask=half), prompt="a box")
+    assert caplog.text.count(f"no prompt of this pass says {WORD}") == 1

@@ -289,7 +289,7 @@ class Theirs:
 
 
 class TheirsCropped(Theirs):
-    """diffusers' inpainting with `padding_mask_crop`, on half of the cases with a mask and all chains."""
+    """diffusers' inpainting with `padding_mask_crop`: half of the cases with a mask, all chains."""
 
     name: ClassVar[str] = "diffusers, crop"
 

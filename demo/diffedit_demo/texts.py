@@ -395,7 +395,7 @@ WORDS: Texts = {
         " hub": "适配器：.safetensors 文件、含有该文件的文件夹，或 hub 上的 owner/name/file.safetensors",
         "The picture that the model is shown": "给模型看的图片",
         "White where it acts; none: everywhere. Of the size of the result": "白色处起作用；留空则处处起作用。大小与结果相同",
-        "Folder of the image encoder it was trained with; none: image_encoder beside the file": "训练时所用图像编码器的文件夹；留空则用文件旁的 image_encoder",
+        "Folder of the image encoder it was trained with, or owner/name/folder on the hub; none: image_encoder beside the file, or in models beside its folder": "训练时所用图像编码器的文件夹，或 Hub 上的 owner/name/folder；留空则用文件旁的 image_encoder，或其文件夹旁 models 中的",
         "Folder, .safetensors file or hub id; or the name of one of the model's own": (
             "低秩附加权重的文件夹、.safetensors 文件或编号，或模型自带的名称"
         ),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffedit.errors import ModelError, nearest
 from diffedit.models import hub, loading, single_file
-from diffedit.models.files import header, read_json, some
+from diffedit.models.files import header, read_json
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,15 @@ def drawn(made: Any, generator: torch.Generator | None = None) -> Tensor:
     return cast(Tensor, posterior.mode() if generator is None else posterior.sample(generator))
 
 
+def _is_model(folder: Path, repository: hub.Repository | None) -> bool:
+    """Whether an autoencoder is only a part of what a folder or a repository holds."""
+    own, part = (
+        (folder / name).is_file() if repository is None else repository.has(name)
+        for name in ("config.json", "vae/config.json")
+    )
+    return part and not own
+
+
 def _may_hold(folder: Path) -> bool:
     """Whether an autoencoder's settings are there, or a model's."""
     return any((folder / part / "config.json").is_file() for part in ("", "vae"))
@@ -47,8 +56,8 @@ def load_autoencoder(source: str, model: str, config: str | None, dtype: torch.d
     """Load an autoencoder for a model that comes with another.
 
     Args:
-        source: its folder, a model's folder of which it is the ``vae``, a hub id, or a
-            ``.safetensors`` file in any layout, to which the model's settings apply.
+        source: its folder, a model's folder of which it is the ``vae``, the hub id of either, or
+            a ``.safetensors`` file in any layout, to which the model's settings apply.
         model: the folder or single file of the model.
         config: what a single file lacks; see `loading.load`.
         dtype: to compute in.
@@ -60,27 +69,27 @@ def load_autoencoder(source: str, model: str, config: str | None, dtype: torch.d
     folder = Path(model)
     if folder.is_file():
         folder = loading._place(
-            config or single_file._published(folder, header(folder)), frozenset()
+            config or single_file.published(folder, header(folder)), frozenset()
         )
     own = read_json(folder / "vae" / "config.json")
     path = Path(loading._resolved(source))
     loading.check_file(path, whole=False)
     if path.is_file():
         return _from_file(path, own, folder / "vae", dtype)
-    if (path / "vae" / "config.json").is_file() and not (path / "config.json").is_file():
-        path = path / "vae"
     if not path.is_dir() and not hub.could_be(str(path)):
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
         there = [one.name for one in beside if one.suffix == ".safetensors" or _may_hold(one)]
         raise ModelError(f"{source}: no such folder or file{nearest(path.name, there)}")
-    name, takes = loading.network_class(str(path)), str(own.get("_class_name"))
+    repository = None if path.is_dir() else hub.find(str(path), part=True)
+    part = "vae/" if _is_model(path, repository) else ""
+    its = (
+        read_json(path / part / "config.json")
+        if repository is None
+        else repository.read(f"{part}config.json")
+    )
+    name, takes = its.get("_class_name"), str(own.get("_class_name"))
     if name not in (takes, SMALL.get(takes)):
         raise ModelError(f"{source}: holds a {name}, and the model's autoencoder is a {takes}")
-    its = (
-        read_json(path / "config.json")
-        if path.is_dir()
-        else hub.find(str(path)).read("config.json")
-    )
     (cell, channels), (wanted_cell, wanted) = grain(its), grain(own)
     if (cell, channels) != (wanted_cell, wanted):
         raise ModelError(
@@ -98,18 +107,23 @@ def load_autoencoder(source: str, model: str, config: str | None, dtype: torch.d
             *scales[0],
             *scales[1],
         )
-    return loading.pretrained(_class(str(name)), str(path), dtype=dtype)
+    folder = path / part if repository is None else repository.network(part)
+    return loading.pretrained(_class(str(name)), str(folder), dtype=dtype)
 
 
 def _from_file(path: Path, own: Mapping[str, Any], settings: Path, dtype: torch.dtype) -> Any:
     """An autoencoder in one file, whose settings are those of the model's own."""
+    found = header(path)
+    prefixes = ("", "first_stage_model.", "vae.")
+    first = [found[name] for one in prefixes if (name := f"{one}decoder.conv_in.weight") in found]
+    wanted = grain(own)[1]
+    if first and len(first[0].shape) > 1 and first[0].shape[1] != wanted:
+        raise ModelError(
+            f"{path}: does not fit the model: its latents have {first[0].shape[1]} channels, those"
+            f" that the denoiser takes have {wanted}"
+        )
     cls = _class(str(own.get("_class_name")))
-    if not hasattr(cls, "from_single_file"):
-        raise ModelError(f"{path}: a {cls.__name__} is not read from a single file: name a folder")
-    vae = loading.pretrained(cls, str(path), config=str(settings), dtype=dtype)
-    if lost := [name for name, one in vae.named_parameters() if one.is_meta]:
-        raise ModelError(f"{path}: is no autoencoder for this model: it lacks {some(lost)}")
-    return vae
+    return loading.pretrained(cls, str(path), dtype=dtype, config=settings)
 
 
 def _class(name: str) -> Any:

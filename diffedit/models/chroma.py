@@ -16,6 +16,7 @@ from diffedit.models import loading
 from diffedit.models.flux import Flux
 from diffedit.models.pipeline import PipelineModel
 from diffedit.models.protocol import Conditioning, ModelInput
+from diffedit.prompts import tell_unread
 
 
 class Chroma(Flux):
@@ -47,6 +48,8 @@ class Chroma(Flux):
             self.pipe.encode_prompt(text, device=self.device, do_classifier_free_guidance=False)
             for text in prompts
         ]
+        for prompt, (text, *_) in zip(prompts, made, strict=True):
+            tell_unread(prompt, self.pipe.tokenizer, text.shape[1])
         texts, shown = [one[0] for one in made], [one[2] for one in made]
         return Conditioning({"text": torch.cat(texts), "shown": torch.cat(shown)})
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from diffedit.errors import ModelError, ParameterError, nearest
-from diffedit.models import holding, loading
-from diffedit.models.files import read_json
+from diffedit.models import holding, hub, loading, single_file
+from diffedit.models.files import header, read_json
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,20 @@ def load(
     """Load a control network for a denoiser.
 
     Args:
-        source: a folder, a hub id, or a single file (of the first class).
+        source: a folder, a hub id, or a single file, with its configuration beside it or in the
+            layout of its makers.
         classes: what the family has.
         denoiser: that it is to lead.
         kinship: settings that both share.
-        options: as of `from_pretrained`.
+        options: as of `loading.pretrained`.
 
     Raises:
         ModelError: it cannot be loaded, or was made for another model.
     """
     cls = _class(source, classes)
+    path = Path(loading._resolved(source))
+    if path.is_file():
+        options = {"config": _settings(path)} | options
     net: Any = loading.pretrained(cls, source, **options)
     if (said := net.config.get("conditioning_channels", 3)) != 3:
         raise ModelError(f"{source}: this control network wants hints of {said} channels, not 3")
@@ -86,13 +90,42 @@ def _class(source: str, classes: Sequence[type]) -> type:
     return next((one for one in classes if one.__name__ == said), first)
 
 
+def _settings(path: Path) -> Path:
+    """The folder with the configuration of a control network in a file: its own, or its makers'.
+
+    Raises:
+        ModelError: it seems to be something else, or nobody has the configuration.
+    """
+    loading.check_file(path, whole=False)
+    names = header(path)
+    found = single_file.seems(names)
+    if found not in (None, single_file.CONTROL, "a T2I-Adapter"):
+        raise ModelError(f"{path}: seems to be {found}, which is no control network")
+    said = loading.network_class(str(path)) or ""
+    if "Control" in said or "Adapter" in said:  # not of something else in a folder of many files
+        return path.parent
+    why = ""
+    if found == single_file.CONTROL:
+        try:
+            makers = single_file.published(path, names)
+            if "control" in makers.lower():  # what diffusers does not know it takes for SD 1
+                return hub.find(makers, part=True).fetch(["config.json"])
+        except ModelError as error:
+            why = f"; that of its makers cannot be had ({error})"
+    raise ModelError(
+        f"{path}: no config.json of it lies beside it, to say what it is like{why}: put it there,"
+        " or name the folder or hub id of a control network"
+    )
+
+
 def own_control(source: str, kind: str | None = None, *, named: bool = False) -> Path | None:
     """The folder of a model's own control network for hints of a kind, if it has one.
 
     Looked for in the model's folder: ``controlnet/<kind>``, then ``controlnet/<its first word>``
     (``depth`` for ``depth_midas``), then one in ``controlnet`` whose ``diffedit.json`` says that it
     is for this kind, too: ``{"kind": ["canny", "depth"]}``, then ``controlnet`` itself, unless that
-    file says that it is for others.
+    file says that it is for others. A hint as it is ("none") may be of any kind, so that it is for
+    the only one there is that is not for inpainting.
 
     Args:
         named: only one of which the folder's name or that file says that it is for this kind.
@@ -103,13 +136,16 @@ def own_control(source: str, kind: str | None = None, *, named: bool = False) ->
         for name in dict.fromkeys([kind, kind.partition("_")[0]]):
             if name and (own / name / "config.json").is_file():
                 return own / name
-        for one in sorted(own.glob("*/config.json")):
-            if asked & _kinds(one.parent):
-                return one.parent
+        there = [one.parent for one in sorted(own.glob("*/config.json"))]
+        for one in there:
+            if asked & _kinds(one):
+                return one
+        others = [one for one in there if "inpaint" not in {one.name, *_kinds(one)}]
+        if kind == "none" and len(others) == 1:
+            return others[0]
     if not (own / "config.json").is_file():
         return None
     its = _kinds(own)
-    # An image that is a hint already ("none") may be one of any kind.
     fits = (not its and not named) or kind in (None, "none") or bool(asked & its)
     return own if fits else None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,15 @@ _BITS = {
     "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
     "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
+#: Types of numbers that mean something by themselves.
+_NUMBERS = frozenset(
+    {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
+)
+#: What ComfyUI, bitsandbytes and others call tensors that others are to be multiplied with.
+_SCALES = frozenset({
+    "scaled_fp8", "scale_weight", "weight_scale", "scale_input", "input_scale", "weight_scale_2",
+    "weight_scale_inv", "comfy_quant", "absmax", "quant_map", "SCB", "qweight",
+})  # fmt: skip
 #: Longer headers are refused by the format's own library.
 _LONGEST = 100_000_000
 
@@ -260,6 +269,33 @@ def check_weights(
         raise ModelError(f"{where}: lacks {some(lost)}; it would be random numbers")
 
 
+def check_kinds(where: Path, found: Mapping[str, Tensor], known: Collection[str] = ()) -> None:
+    """Refuse weights that are quantised: numbers that mean something only together with others.
+
+    Tables of positions, counts and the like, which are integers by right, are left alone.
+
+    Args:
+        where: they are, for the message.
+        found: what the files hold.
+        known: names of a network's parameters, whatever else they may look like.
+
+    Raises:
+        ModelError: names a tensor that shows it.
+    """
+    for name, tensor in found.items():
+        last = name.rpartition(".")[2]
+        if last in _SCALES and name not in known:
+            why = f"it holds {name}"
+        elif (last in ("weight", "bias") or name in known) and tensor.dtype not in _NUMBERS:
+            why = f"its {name} is of type {tensor.dtype}"
+        else:
+            continue
+        raise ModelError(
+            f"{where}: its weights are quantised in a way that diffedit does not read ({why}): take"
+            " the model's ordinary weights, which dtype float8 makes smaller"
+        )
+
+
 def some(names: Iterable[str]) -> str:
     """The first of some names, and how many more there are."""
     first, *rest = sorted(names)
@@ -268,6 +304,7 @@ def some(names: Iterable[str]) -> str:
 
 __all__ = [
     "Tensor",
+    "check_kinds",
     "check_weights",
     "first_line",
     "header",

@@ -24,6 +24,7 @@ from diffedit.models.control import InMode
 from diffedit.models.ip_adapter import Places
 from diffedit.models.pipeline import PipelineModel
 from diffedit.models.protocol import Conditioning, ModelInput, Residuals
+from diffedit.prompts import tell_unread
 from diffedit.rows import index_on
 from diffedit.schedule import flow_calls_kept
 
@@ -112,6 +113,8 @@ class Flux(PipelineModel):
             ``text``: ``(prompts, tokens, d)`` of T5; ``pooled``: ``(prompts, p)`` of CLIP.
         """
         made = [self.pipe.encode_prompt(text, None, device=self.device) for text in prompts]
+        for prompt, (text, *_) in zip(prompts, made, strict=True):
+            tell_unread(prompt, self.pipe.tokenizer_2, text.shape[1])
         return Conditioning(
             {
                 "text": torch.cat([text for text, *_ in made]),

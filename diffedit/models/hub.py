@@ -29,6 +29,8 @@ _NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 #: Where the commits of revisions are kept of which a part is here.
 _PART = "diffedit"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+#: A LoRA of a model's own.
+_LORA = re.compile(r"lora/[^/]+/(pytorch_lora_weights\.safetensors|diffedit\.json)")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 #: Files that say what a part is, beside its weights.
 _SETTINGS = frozenset({".json", ".txt", ".model", ".jinja"})
@@ -95,6 +97,8 @@ class Repository:
                 wanted += self._part(f"{part}/", variant)
             else:
                 wanted += [p for p in self.files if p.startswith(f"{part}/") and _is_setting(p)]
+        if weights is None:
+            wanted += [path for path in self.files if _LORA.fullmatch(path)]
         # What lacks weights is no version that could be used offline.
         return self._complete(wanted) if weights is None else self.fetch(wanted)
 
@@ -103,12 +107,23 @@ class Repository:
         wanted = re.compile(r"README\.md|diffedit\.json|model_index\.json|[^/]+/[^/]*config\.json")
         return self.fetch([path for path in self.files or () if wanted.fullmatch(path)])
 
-    def network(self, variant: str | None = None) -> Path:
-        """Fetch what one network needs, such as a control network; raises as `model`."""
+    def network(self, part: str = "") -> Path:
+        """Fetch what one network needs, such as a control network; raises as `model`.
+
+        Args:
+            part: of a model, such as "vae/"; "": it is a repository of its own.
+        """
         if self.files is None:
-            return self.folder
-        found = [path for path in self._part("", variant) if "/" not in path]
-        return self._complete(["config.json", *(p for p in found if "safetensors" in p)])
+            return self.folder / part
+        found = self._part(part, None)
+        inside = [path for path in found if "/" not in path.removeprefix(part)]
+        wanted = [f"{part}config.json", *(path for path in inside if "safetensors" in path)]
+        # A part is no version that could be used offline.
+        return (self.fetch(wanted) if part else self._complete(wanted)) / part
+
+    def has(self, path: str) -> bool:
+        """Whether it has a file, as far as can be told."""
+        return (self.folder / path).is_file() if self.files is None else path in self.files
 
     def fetch(self, paths: Iterable[str]) -> Path:
         """Have files in `folder`.
@@ -116,6 +131,7 @@ class Repository:
         Raises:
             ModelError: it has no such file, or cannot be fetched.
         """
+        paths = list(paths)
         if self.files is None:
             if lost := [path for path in paths if not (self.folder / path).is_file()]:
                 raise ModelError(
@@ -123,8 +139,10 @@ class Repository:
                 )
             return self.folder
         if lost := [path for path in paths if path not in self.files]:
+            settings = lost[0] in ("model_index.json", "config.json")
             raise ModelError(
-                f"{self.name}: has no {lost[0]} on the hub, so it is no model's folder"
+                f"{self.name}: has no {lost[0]} on the hub"
+                + (", so it is no model's folder" if settings else "")
             )
         missing = {path: file for path in paths if not self._has(file := self.files[path])}
         try:

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 import numpy as np
@@ -23,17 +23,20 @@ from diffusers.models.embeddings import ImageProjection
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
-from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from diffedit.attention import QKV, Addition, Beside, Site
 from diffedit.errors import ModelError
-from diffedit.models import holding, loading
-from diffedit.models.files import first_line, header
+from diffedit.models import holding, hub, loading
+from diffedit.models.files import first_line, header, is_pickle, read_json, unsafe
 from diffedit.models.weights import weights_file
 from diffedit.rows import RowMap
 
-#: The folder beside an adapter's file that holds what it sees pictures with.
-ENCODER = "image_encoder"
+#: The folder beside an adapter's file that holds what it sees pictures with, and the one where
+#: repositories keep what several see with.
+ENCODER, SHARED = "image_encoder", "models"
+#: What transformers calls a network's.
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _KINDS = ("image_proj", "ip_adapter")
 #: How XLabs calls what others do.
 _OTHERWISE = (
@@ -195,29 +198,42 @@ def load_ip_adapter(
         source: its ``.safetensors`` file.
         denoiser: that it is to act on.
         places: where in that.
-        encoder: folder of the image encoder it was trained with; None: ``image_encoder`` beside
-            the file, or beside its folder.
+        encoder: folder of the image encoder it was trained with, here or on the hub
+            (``owner/name/folder``); None: ``image_encoder`` beside the file, beside its folder, or
+            in ``models`` there, whichever fits.
         own: the image encoder that the loaded model brings itself, for want of another.
         load: as `Run.resource`: adapters share encoders.
 
     Raises:
-        ModelError: it is no adapter, or was made for another model.
+        ModelError: it is no adapter, was made for another model, or sees with another encoder.
+        UnsafeWeights: the image encoder is a pickle.
     """
-    file = weights_file(source, beside=ENCODER)
+    file = weights_file(source)
     parts = _read(file)
     keys_values = _keys_values(file, parts["ip_adapter"], places, denoiser)
-    where = _encoder(file, encoder)
-    if where is not None:
-        folder = str(where)
-        sees = load(f"image encoder:{folder}", lambda: _load_encoder(folder, denoiser))
-    elif own is not None:
-        sees = own
+    projection = _projection(file, parts["image_proj"], places, denoiser)
+    if encoder is not None:
+        where: Path | None = _named(encoder)
     else:
+        where = _usual(file, lambda one: _fits(read_json(one / "config.json"), projection)[0])
+    if where is None and own is None:
         raise ModelError(
             f"{file}: no folder {ENCODER} beside it: name the image encoder that it was trained"
             " with (ip_adapter: encoder)"
         )
-    projection = _projection(file, parts["image_proj"], places, denoiser, sees)
+    its: Any = own
+    config = read_json(where / "config.json") if where else its.config.to_dict()
+    fits, said = _fits(config, projection)
+    if not fits:
+        raise ModelError(
+            f"{file}: this IP-Adapter was trained with another image encoder than"
+            f" {where or 'the model has'}: it takes {said}; name the right one (ip_adapter:"
+            " encoder)"
+        )
+    sees = its
+    if where is not None:
+        folder = str(where)
+        sees = load(f"image encoder:{folder}", lambda: _load_encoder(folder, denoiser))
     return IPAdapter(projection, sees, keys_values, places.black, places.late)
 
 
@@ -231,7 +247,10 @@ def _read(file: Path) -> dict[str, dict[str, Tensor]]:
                 named = theirs.sub(ours, named)
             kind, _, rest = named.partition(".")
             if kind in parts:
-                parts[kind][rest] = opened.get_tensor(key)
+                weight = opened.get_tensor(key)
+                if not weight.float().isfinite().all():  # torch's attention hides a key's
+                    raise ModelError(f"{file}: {key} holds numbers that are not finite")
+                parts[kind][rest] = weight
     if not all(parts.values()):
         raise ModelError(
             f"{file}: not an IP-Adapter, whose weights are named image_proj.… and ip_adapter.…"
@@ -271,11 +290,7 @@ def _keys_values(
 
 
 def _projection(
-    file: Path,
-    weights: dict[str, Tensor],
-    places: Places,
-    denoiser: Any,
-    encoder: torch.nn.Module,
+    file: Path, weights: dict[str, Tensor], places: Places, denoiser: Any
 ) -> torch.nn.Module:
     if "norm.weight" in weights and "proj.3.weight" not in weights and "proj.weight" not in weights:
         raise ModelError(
@@ -296,14 +311,6 @@ def _projection(
     ) as error:
         said = first_line(error)
         raise ModelError(f"{file}: not an IP-Adapter that is known ({said})") from error
-    config: Any = encoder.config
-    width = config.projection_dim if isinstance(made, ImageProjection) else config.hidden_size
-    wanted = next(w for n, w in made.named_parameters() if w.ndim == 2 and "latents" not in n)
-    if wanted.shape[1] != width:
-        raise ModelError(
-            f"{file}: this IP-Adapter was trained with another image encoder: it takes"
-            f" {wanted.shape[1]} numbers, and this one gives {width}"
-        )
     ends: Any = made.norm if hasattr(made, "norm") else made.norm_out  # every kind ends so
     its, takes = ends.normalized_shape[0], next(iter(places.modules.values()))[1][1]
     if its != takes:
@@ -319,14 +326,82 @@ def _like(denoiser: Any) -> dict[str, Any]:
     return {"device": holding.where(denoiser), "dtype": holding.computing(denoiser)}
 
 
-def _encoder(file: Path, named: str | None) -> Path | None:
-    if named is not None:
-        where = Path(os.path.expanduser(named))  # noqa: PTH111 - as everywhere
-        if not (where / "config.json").is_file():
-            raise ModelError(f"{where}: no folder of an image encoder, which has a config.json")
+def _fits(config: Mapping[str, Any], projection: torch.nn.Module) -> tuple[bool, str]:
+    """Whether an image encoder gives what an adapter takes, and both in words."""
+    config = config.get("vision_config") or config  # of a whole CLIP
+    name = "projection_dim" if isinstance(projection, ImageProjection) else "hidden_size"
+    gives = config.get(name, getattr(CLIPVisionConfig(), name))
+    matrices = (w for n, w in projection.named_parameters() if w.ndim == 2 and "latents" not in n)
+    takes = next(matrices).shape[1]
+    return gives == takes, f"{takes} numbers, and this one gives {gives}"
+
+
+def _named(encoder: str) -> Path:
+    """The folder of the image encoder that somebody names.
+
+    Raises:
+        ModelError: there is none.
+    """
+    where = Path(os.path.expanduser(encoder))  # noqa: PTH111 - a place on the hub is no path
+    if (where / "config.json").is_file():
         return where
-    beside = (file.parent / ENCODER, file.parent.parent / ENCODER)
-    return next((one for one in beside if (one / "config.json").is_file()), None)
+    parts = encoder.rstrip("/").split("/")
+    name, inside = "/".join(parts[:2]), "/".join(parts[2:])
+    here = where.exists() or (where.parent.is_dir() and where.parent != Path())
+    if here or not hub.could_be(name) or ".." in parts:
+        raise ModelError(f"{where}: no folder of an image encoder, which has a config.json")
+    repository = hub.find(name, part=True)
+    folder = _fetch(repository, inside or ".")
+    if not (folder / "config.json").is_file():
+        paths = [PurePosixPath(path) for path in repository.files or ()]
+        others = [
+            str(PurePosixPath(name) / path.parent) for path in paths if path.name == "config.json"
+        ]
+        raise ModelError(
+            f"{encoder}: no folder of an image encoder, which has a config.json, on the hub"
+            + (f"; there is {', '.join(others)}" if others else "")
+        )
+    return folder
+
+
+def _usual(file: Path, fits: Callable[[Path], bool]) -> Path | None:
+    """The first folder that fits of those where an adapter's image encoder usually is.
+
+    Returns:
+        The first one there is, if none fits. None: there is none.
+    """
+    held = [(one, said) for one in file.parents if (said := hub.origin(one))]
+    find = functools.cache(functools.partial(hub.find, part=True))
+
+    def has(place: Path, what: str) -> bool:
+        for root, said in held:
+            if place.is_relative_to(root) and not any(place.glob(what)):
+                _fetch(find(*said), place.relative_to(root).as_posix(), what == "model*")
+        return any(place.glob(what))
+
+    near, first = (file.parent, file.parent.parent), None
+    for place in (*(one / ENCODER for one in near), *(one / SHARED / ENCODER for one in near)):
+        if has(place, "config.json"):
+            if fits(place):
+                has(place, "model*")
+                return place
+            first = first or place
+    return first
+
+
+def _fetch(repository: hub.Repository, folder: str, weights: bool = True) -> Path:
+    """Have what there is of an image encoder: its configuration, and its weights if wanted.
+
+    Raises:
+        UnsafeWeights: its weights are pickles.
+    """
+    paths = [PurePosixPath(path) for path in repository.files or ()]
+    there = [path for path in paths if str(path.parent) == folder]
+    held = [path for path in there if weights and _WEIGHTS.fullmatch(path.name)]
+    if weights and not held and (pickles := [path for path in there if is_pickle(path.name)]):
+        raise unsafe(f"{repository.name}/{pickles[0]}")
+    wanted = [path for path in there if path.name == "config.json"] + held
+    return repository.fetch([str(path) for path in wanted]) / folder
 
 
 def _load_encoder(folder: str, denoiser: Any) -> torch.nn.Module:

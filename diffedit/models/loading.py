@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from diffedit.errors import ModelError, nearest
 from diffedit.models import devices, gguf, hub, parts, single_file
-from diffedit.models.files import first_line, header, is_pickle, read_json, refuse_pickles, unsafe
+from diffedit.models.files import first_line, is_pickle, read_json, refuse_pickles, unsafe
+from diffedit.models.turns import turns
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +51,7 @@ def load(
             and are faster where the device computes in them. "float8": the denoiser's weights are
             held in 8 bits, and computed with in the type that None gives.
         revision: a hub revision: a branch, a tag or a commit.
-        variant: a weight variant such as "fp16", where there is one.
+        variant: a weight variant such as "fp16", of each part that has one.
         compiled: have torch compile the denoiser at its first step, which takes a minute or more
             and makes each later one faster; a mode of `torch.compile`, such as "reduce-overhead",
             or True for its default one. Values change in their last bits. Passes whose edits act
@@ -58,8 +59,8 @@ def load(
         config: for a single file: the folder or hub id of a model that has what the file lacks:
             configurations, and maybe an autoencoder and text encoders. None: configurations are
             asked of the hub.
-        vae: another autoencoder than the model's own: its folder, a ``.safetensors`` file or a hub
-            id. Its latents must be those of the model's.
+        vae: another autoencoder than the model's own: its folder or hub id, those of a model that
+            has it, or a ``.safetensors`` file. Its latents must be those of the model's.
         max_memory: what weights may take on an accelerator, in bytes or as "6GB": the layers that
             find no room stay in main memory, and are copied when they compute, which makes the
             same picture more slowly. Latents and what is computed from them come on top. None: all
@@ -85,6 +86,9 @@ def load(
     if repository is not None:
         where = str(repository.model(variant))
     _mention_code(source, where, repository)
+    here = Path(where)
+    if variant is not None and here.is_dir() and not parts.has_variant(here, variant):
+        log.warning("%s: has no weights of variant %s: takes its plain ones", source, variant)
     if vae is not None:
         from diffedit.models.autoencoder import load_autoencoder
 
@@ -161,6 +165,8 @@ def _configuration(
     if path.is_file():
         rest = None
         if config is not None:
+            if Path(_resolved(config)).is_file():
+                raise ModelError(f"{config}: a file, and config names a model's folder or hub id")
             rest = _configuration(_resolved(config), _repository(_resolved(config), None, True))
         return {"_class_name": single_file.pipeline_class(path, rest)}
     if repository is not None:
@@ -220,30 +226,33 @@ def components(cls: Any, source: str, **options: Any) -> Any:
     from diffedit.models import holding
 
     try:
-        if path.is_file():
-            if storage is not None and path.suffix.lower() == gguf.SUFFIX:
-                raise ModelError(f"{source}: held in few bits already: leave out dtype float8")
-            pipe = single_file.load(cls, path, config, _place, dtype, **options)
-        else:
-            unused = parts.UNUSED & read_json(path / "model_index.json").keys()
-            options = dict.fromkeys(unused) | options
-            if own := parts.quantised(path, variant):
-                if storage is not None:
+        with turns.loading():
+            if path.is_file():
+                if storage is not None and path.suffix.lower() == gguf.SUFFIX:
                     raise ModelError(f"{source}: held in few bits already: leave out dtype float8")
-                dtype = {**dtype, "default": own[1]} if isinstance(dtype, dict) else own[1]
-            made = parts.check_folder(path, cls, variant, set(options), dtype)
-            options |= parts.encoders(path, cls, variant, options, dtype)
-            if own:
-                options[own[0]] = parts.read_quantised(path, own[0], variant, own[1])
-            options |= {name: parts.filled(one) for name, one in made.items()}
-            said = {"variant": variant, "use_safetensors": True}
-            pipe = cls.from_pretrained(path, dtype=dtype, **options, **said)
-        denoiser = getattr(pipe, "unet", None) or pipe.transformer
-        if storage is not None:
-            holding.narrow(denoiser, storage)
-        networks = [one for one in pipe.components.values() if isinstance(one, torch.nn.Module)]
-        holding.place(sorted(networks, key=lambda one: one is not denoiser), device, room)
-        return pipe
+                pipe = single_file.load(cls, path, config, _place, dtype, **options)
+            else:
+                unused = parts.UNUSED & read_json(path / "model_index.json").keys()
+                options = dict.fromkeys(unused) | options
+                if own := parts.quantised(path, variant):
+                    if storage is not None:
+                        raise ModelError(
+                            f"{source}: held in few bits already: leave out dtype float8"
+                        )
+                    dtype = {**dtype, "default": own[1]} if isinstance(dtype, dict) else own[1]
+                made = parts.check_folder(path, cls, variant, set(options), dtype)
+                options |= parts.encoders(path, cls, variant, options, dtype)
+                if own:
+                    options[own[0]] = parts.read_quantised(path, own[0], variant, own[1])
+                options |= {name: parts.filled(one) for name, one in made.items()}
+                # No variant: its networks are here by now, each of the variant that it has.
+                pipe = cls.from_pretrained(path, dtype=dtype, **options, use_safetensors=True)
+            denoiser = getattr(pipe, "unet", None) or pipe.transformer
+            if storage is not None:
+                holding.narrow(denoiser, storage)
+            networks = [one for one in pipe.components.values() if isinstance(one, torch.nn.Module)]
+            holding.place(sorted(networks, key=lambda one: one is not denoiser), device, room)
+            return pipe
     except ModelError:
         raise
     except Exception as error:
@@ -269,13 +278,17 @@ def resting(pipe: Any) -> Any:
 def network_class(source: str) -> str | None:
     """The class of one component in a folder or on the hub, if its configuration names one.
 
+    Of a single file, what the configuration beside it names, if there is one.
+
     Raises:
         ModelError: there is no such folder, or none with a configuration.
     """
     source = _resolved(source)
     path = Path(source)
     if path.is_file():
-        return None
+        path = path.parent
+        if not (path / "config.json").is_file():
+            return None
     if path.is_dir():
         named = read_json(path / "config.json").get("_class_name")
     elif not hub.could_be(source):
@@ -285,16 +298,25 @@ def network_class(source: str) -> str | None:
     return None if named is None else str(named)
 
 
-def pretrained(cls: Any, source: str, **options: Any) -> Any:
-    """One component, such as a control network, from a folder, a hub id or a single file."""
+def pretrained(cls: Any, source: str, *, dtype: Any = None, config: Path | None = None) -> Any:
+    """One component, such as a control network, from a folder, a hub id or a single file.
+
+    Args:
+        cls: of diffusers or transformers.
+        source: where it is.
+        dtype: that it is to be used in.
+        config: of a single file, the folder with the configuration; None: that which it lies in.
+    """
     source = _resolved(source)
     path = Path(source)
     check_file(path, whole=False)
     wanted = "the loaded model's family takes"
     try:
         if path.is_file():
-            header(path)
-            return cls.from_single_file(source, **options)
+            folder = config or path.parent
+            parts.check_class(folder, cls, wanted)
+            with turns.loading():
+                return single_file.network(cls, path, folder, dtype)
         if path.is_dir():
             refuse_pickles(path)
         elif not hub.could_be(source):
@@ -304,9 +326,9 @@ def pretrained(cls: Any, source: str, **options: Any) -> Any:
             parts.check_class(repository.fetch(["config.json"]), cls, wanted)
             path = repository.network()
         parts.check_class(path, cls, wanted)
-        dtype = options.pop("dtype", None)
-        made = parts.check_part(path, cls, dtype=dtype)
-        return parts.read(path, cls, dtype) if made is None else parts.filled(made)
+        with turns.loading():
+            made = parts.check_part(path, cls, dtype=dtype)
+            return parts.read(path, cls, dtype) if made is None else parts.filled(made)
     except ModelError:
         raise
     except Exception as error:

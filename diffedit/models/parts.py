@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from diffedit.errors import ModelError
 from diffedit.models import torchao
 from diffedit.models.files import (
+    check_kinds,
     check_weights,
     first_line,
     header,
@@ -30,6 +31,8 @@ UNUSED = frozenset({"safety_checker"})
 DENOISERS = ("unet", "transformer")
 #: What libraries call a file of weights.
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+#: Files that hold the words of any tokenizer, whatever its class calls its own.
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json")
 
 
 def named(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
@@ -72,6 +75,7 @@ def check_folder(
             f" run: take the file away to have it loaded as {its[-1]}"
         )
     hints = typing.get_type_hints(pipeline.__init__)
+    check_words(folder, pipeline, given)
     for name, (library, cls_name) in named(read_json(index)).items():
         if name in given or name not in hints:
             continue
@@ -94,6 +98,40 @@ def check_folder(
             made = check_part(part, cls, variant, kind, quantised=name in DENOISERS)
             blueprints |= {} if made is None else {name: made}
     return blueprints
+
+
+def check_words(folder: Path, pipeline: Any, given: Collection[str]) -> None:
+    """Refuse tokenizers that know no words, which transformers makes where files are missing.
+
+    Args:
+        folder, pipeline, given: as of `check_folder`.
+
+    Raises:
+        ModelError: none of the files is there that may hold the words.
+    """
+    hints = typing.get_type_hints(pipeline.__init__)
+    for name, (library, cls_name) in named(read_json(folder / "model_index.json")).items():
+        part = folder / name
+        if name in given or name not in hints or not part.is_dir():
+            continue
+        wanted = _vocabularies(find_class(library, cls_name), part)
+        if wanted and not any((part / one).is_file() for one in (*wanted, *_VOCABULARIES)):
+            raise ModelError(
+                f"{part}: the tokenizer knows no words: its vocabulary"
+                f" ({' or '.join(sorted(wanted))}) is missing"
+            )
+
+
+def _vocabularies(cls: Any, part: Path) -> set[str]:
+    """The files of which a tokenizer takes its words, or the one in a processor."""
+    from transformers import ProcessorMixin
+
+    if isinstance(cls, type) and issubclass(cls, ProcessorMixin):
+        settings = part / "tokenizer_config.json"
+        said = read_json(settings).get("tokenizer_class") if settings.is_file() else None
+        cls = find_class("transformers", str(said))
+    files = getattr(cls, "vocab_files_names", {})  # a tokenizer that reads bytes has none
+    return {file for kind, file in files.items() if kind != "merges_file"}
 
 
 def kind_of(dtype: Any, name: str) -> Any:
@@ -150,20 +188,24 @@ def check_part(
         raise ModelError(f"{settings}: missing; it says what the weights beside it are")
     files = weights(folder, STEMS["diffusers" if is_diffusers(cls) else "transformers"], variant)
     found = {name: tensor for file in files for name, tensor in header(file).items()}
+    where = files[0] if len(files) == 1 else folder
     if method := config.pop("quantization_config", None):
         if not quantised or method_of(method) != torchao.METHOD:
-            raise _unread(settings, method)
+            raise unread(settings, method)
         check_class(folder, cls)
         torchao.check(settings, files, found, shapes(blueprint(cls, config, settings)))
     elif is_diffusers(cls):
         check_class(folder, cls)
-        where = files[0] if len(files) == 1 else folder
         network = blueprint(cls, config, settings, dtype)
         if len(files) == 1:  # names of old files, as diffusers itself mends them
             network._fix_state_dict_keys_on_load(found)
-        check_weights(where, found, shapes(network))
+        wanted = shapes(network)
+        check_kinds(where, found, wanted)
+        check_weights(where, found, wanted)
         network.register_to_config(_name_or_path=str(folder))
         return Blueprint(network, files, dtype)
+    else:
+        check_kinds(where, found)
     return None
 
 
@@ -196,6 +238,11 @@ def _its_variant(part: Path, library: str, variant: str | None) -> dict[str, str
     """How a library is told which weights of a part are read: its only ones, if need be."""
     kind = variant_of(weights(part, STEMS[library], variant)[0].name)
     return {} if kind is None else {"variant": kind}
+
+
+def has_variant(folder: Path, variant: str) -> bool:
+    """Whether any part of a model's folder has weights of a variant."""
+    return any(variant_of(file.name) == variant for file in folder.glob("*/*.safetensors"))
 
 
 def method_of(said: Any) -> str | None:
@@ -341,7 +388,7 @@ def _fits(cls: type, hint: Any) -> bool:
     return not kinds or issubclass(cls, tuple(kinds))
 
 
-def _unread(settings: Path, said: Any) -> ModelError:
+def unread(settings: Path, said: Any) -> ModelError:
     """For weights whose numbers mean something only together with others."""
     return ModelError(
         f"{settings}: its weights are quantised by {method_of(said) or 'an unknown method'}, which"
@@ -358,9 +405,11 @@ __all__ = [
     "check_class",
     "check_folder",
     "check_part",
+    "check_words",
     "encoders",
     "filled",
     "find_class",
+    "has_variant",
     "kind_of",
     "named",
     "own_code",
@@ -368,4 +417,5 @@ __all__ = [
     "read",
     "read_quantised",
     "shapes",
+    "unread",
 ]

@@ -14,6 +14,7 @@ from torch import Tensor
 from diffedit.models import loading
 from diffedit.models.pipeline import PipelineModel
 from diffedit.models.protocol import Conditioning, ModelInput
+from diffedit.prompts import tell_unread
 
 
 class PixArt(PipelineModel):
@@ -41,6 +42,8 @@ class PixArt(PipelineModel):
             ``(prompts, 1)``, height over width.
         """
         made = [self.pipe.encode_prompt(text, False, device=self.device)[:2] for text in prompts]
+        for prompt, (text, _) in zip(prompts, made, strict=True):
+            tell_unread(prompt.lower(), self.pipe.tokenizer, text.shape[1])  # as it is read
         width, height = size
         sizes = torch.tensor([[height, width]]).to(self.device, made[0][0].dtype)
         return Conditioning(

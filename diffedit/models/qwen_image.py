@@ -24,6 +24,7 @@ from diffedit.models import loading
 from diffedit.models.flux import Flux, for_each_block, packed, unpacked
 from diffedit.models.pipeline import PipelineModel
 from diffedit.models.protocol import Conditioning, ModelInput, Residuals
+from diffedit.prompts import tell_unread
 
 #: Tokens of a prompt that are read.
 LONGEST = 512
@@ -88,6 +89,8 @@ class QwenImage(Flux):
         if not pictures or "reference_tokens" not in self.capabilities:
             plain: Any = self._plain
             alone, _ = plain.encode_prompt(text, self.device, max_sequence_length=LONGEST)
+            template, start = plain.prompt_template_encode, plain.prompt_template_encode_start_idx
+            tell_unread(text, plain.tokenizer, start + LONGEST, template.format(text))
             return cast(Tensor, alone)
         if any(pad in text for pad in PADS):
             raise InputError(f"a prompt cannot hold {' or '.join(PADS)}")

@@ -23,6 +23,7 @@ from diffedit.errors import ModelError
 from diffedit.models import loading
 from diffedit.models.pipeline import PipelineModel
 from diffedit.models.protocol import Conditioning, ModelInput, Residuals
+from diffedit.prompts import tell_unread
 from diffedit.schedule import flow_calls_kept
 
 
@@ -77,12 +78,20 @@ class Sana(PipelineModel):
             )[:2]
             for text in prompts
         ]
+        for prompt, (text, _) in zip(prompts, made, strict=True):
+            self._tell_unread(prompt.strip().lower(), text.shape[1], told)  # as it is read
         return Conditioning(
             {
                 "text": torch.cat([text for text, _ in made]),
                 "shown": torch.cat([shown for _, shown in made]),
             }
         )
+
+    def _tell_unread(self, prompt: str, tokens: int, told: Sequence[str] | None) -> None:
+        """Warn of what is not read: of a prompt with an instruction as many tokens less one."""
+        before = "\n".join(told or ())
+        said = len(self.pipe.tokenizer.encode(before)) - 2 if told else 0
+        tell_unread(prompt, self.pipe.tokenizer, said + tokens, before + prompt)
 
     def control(self, net: Any, x: ModelInput, hint: Tensor, weight: float) -> Residuals:
         """Run a ControlNet, which sees the hint as latents."""

@@ -20,7 +20,7 @@ from diffedit.models.control import InMode, OfHoles, own_control
 from diffedit.models.ip_adapter import Places, of_unet
 from diffedit.models.pipeline import PipelineModel
 from diffedit.models.protocol import Conditioning, ModelInput, Residuals
-from diffedit.models.textual_inversion import Word, load_word, teach
+from diffedit.models.textual_inversion import Word, load_word, read_as, teach
 from diffedit.models.unet_controls import check_adapter, features, residuals
 from diffedit.prompts import Prompt, parse
 
@@ -71,8 +71,13 @@ class StableDiffusion(PipelineModel):
         pictures: Sequence[Tensor] = (),
     ) -> Conditioning:
         """Embed prompts with the text encoder: ``text`` is ``(prompts, tokens, d)``."""
-        made = [{"text": self._read(parse(text))[0]} for text in prompts]
+        made = [{"text": self._read(self._parse(text))[0]} for text in prompts]
         return Conditioning.stack([Conditioning(one, RAGGED, self._filler()) for one in made])
+
+    def _parse(self, text: str) -> Prompt:
+        """A prompt with the words that encoders were taught as their tokenizer has them."""
+        tokenizer = getattr(self.pipe, self._clips()[0].tokenizer)
+        return parse(read_as(tokenizer, text))
 
     def _read(self, prompt: Prompt) -> tuple[Tensor, ...]:
         """What the text encoders make of a prompt; diffusers' own way, where that can read it."""

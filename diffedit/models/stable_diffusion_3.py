@@ -17,7 +17,7 @@ from diffedit.models import loading
 from diffedit.models.clip import token_weights, weighted
 from diffedit.models.pipeline import PipelineModel
 from diffedit.models.protocol import Conditioning, ModelInput, Residuals
-from diffedit.prompts import Prompt, parse
+from diffedit.prompts import Prompt, parse, tell_unread
 from diffedit.schedule import flow_calls_kept
 
 
@@ -69,8 +69,13 @@ class StableDiffusion3(PipelineModel):
     def _read(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
         """What CLIP and T5 make of a prompt, whose tokens and those that fill up all are seen."""
         text, pooled = self._plain(prompt.text)
+        clip = self.pipe.tokenizer_max_length
+        if self.pipe.text_encoder_3 is None:
+            tell_unread(prompt.text, self.pipe.tokenizer, clip)
+        else:
+            tell_unread(prompt.text, self.pipe.tokenizer_3, text.shape[1] - clip)
         if prompt.weighted:
-            weights = token_weights(self.pipe.tokenizer, prompt, self.pipe.tokenizer_max_length)
+            weights = token_weights(self.pipe.tokenizer, prompt, clip)
             rest = text.shape[1] - len(weights)
             t5 = self.pipe.tokenizer_3
             weights += token_weights(t5, prompt, rest) if t5 else [1.0] * rest

@@ -19,7 +19,6 @@ from diffedit.models.clip import RAGGED, Clip
 from diffedit.models.protocol import Conditioning
 from diffedit.models.stable_diffusion import StableDiffusion
 from diffedit.models.unet_controls import MODES
-from diffedit.prompts import parse
 
 #: The beauty, by a predictor's score, that the refiner is told of what it is to paint, and of what
 #: guidance leads it away from.
@@ -79,7 +78,7 @@ class StableDiffusionXL(StableDiffusion):
         end = [UNAESTHETIC if negative else AESTHETIC] if self.scored else [height, width]
         made = []
         for prompt in prompts:
-            text, whole = self._read(parse(prompt))
+            text, whole = self._read(self._parse(prompt))
             filler: Callable[[], Mapping[str, Tensor]] | None = self._filler()
             if negative and self.zeros and not prompt:
                 text, whole, filler = torch.zeros_like(text), torch.zeros_like(whole), None

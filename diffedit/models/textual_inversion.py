@@ -3,6 +3,11 @@
 Gal et al. 2022, "An Image is Worth One Word" (arXiv:2208.01618). A word is one or more rows of an
 encoder's embedding table. Tokenizers cannot forget, so that a copy of them learns the word, and the
 encoder looks it up in a longer copy of its table; both are set aside again as they came.
+
+CLIP's tokenizers read capitals as small letters, those of words that they were taught, too. What
+spells out a word of several rows (diffusers) looks for it letter by letter in what is written, and
+so loses all rows but the first of one with capitals: words are taught, and prompts written, as a
+tokenizer reads them.
 """
 
 from __future__ import annotations
@@ -89,6 +94,8 @@ def load_word(pipe: Any, readers: Mapping[str, str], source: str, token: str | N
                 f" {table.shape[1]}"
             )
         rows[name] = own.to(table.device, table.dtype)
+        if not own.float().isfinite().all():
+            raise ModelError(f"{file}: holds numbers that are not finite")
     if len({len(own) for own in rows.values()}) > 1:
         raise ModelError(f"{file}: has more rows for one text encoder than for the other")
     word = Word(token or named or file.stem, rows)
@@ -122,9 +129,22 @@ def _read(file: Path) -> tuple[str | None, dict[str | None, Tensor]]:
     return None if name == _NAMELESS else name, {None: first}
 
 
+def read_as(tokenizer: Any, text: str) -> str:
+    """A text as a tokenizer reads it, in small letters if it does, if it was taught any word."""
+    if all(token.special for token in tokenizer.added_tokens_decoder.values()):
+        return text
+    return small(tokenizer, text)
+
+
+def small(tokenizer: Any, text: str) -> str:
+    """A text with its capitals as a tokenizer reads them."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    return text if normalizer is None else str(normalizer.normalize_str(text))
+
+
 def _check_new(word: Word, tokenizer: Any) -> None:
     known = tokenizer.get_vocab()
-    if taken := [name for name in word.names() if name in known]:
+    if taken := [name for name in word.names() if {name, small(tokenizer, name)} & known.keys()]:
         raise ParameterError(
             f"token {taken[0]!r} is a word of the model already: give another (token: <my-word>)"
         )
@@ -141,8 +161,9 @@ def teach(pipe: Any, readers: Mapping[str, str], word: Word) -> Callable[[], Non
             old = getattr(pipe, readers[name])
             _check_new(word, old)
             tokenizer = copy.deepcopy(old)
-            tokenizer.add_tokens(word.names())
-            places: Sequence[int] = tokenizer.convert_tokens_to_ids(word.names())
+            names = [small(tokenizer, name) for name in word.names()]
+            tokenizer.add_tokens(names)
+            places: Sequence[int] = tokenizer.convert_tokens_to_ids(names)
             encoder = getattr(pipe, name)
             table = encoder.get_input_embeddings()
             longer = table.weight.new_zeros(max(*places, len(table.weight) - 1) + 1, rows.shape[1])
@@ -157,4 +178,4 @@ def teach(pipe: Any, readers: Mapping[str, str], word: Word) -> Callable[[], Non
         return undo.pop_all().close
 
 
-__all__ = ["Word", "load_word", "teach"]
+__all__ = ["Word", "load_word", "read_as", "small", "teach"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from diffedit.errors import ModelError, nearest
 from diffedit.models import hub, loading
@@ -12,7 +12,7 @@ from diffedit.models.files import refuse_pickles
 SUFFIX = ".safetensors"
 
 
-def weights_file(source: str, usual: str | None = None, beside: str | None = None) -> Path:
+def weights_file(source: str, usual: str | None = None) -> Path:
     """The file that is meant.
 
     Args:
@@ -20,12 +20,16 @@ def weights_file(source: str, usual: str | None = None, beside: str | None = Non
             hub: ``owner/name/folder/file.safetensors``.
         usual: what such files are called: the one that is meant where a folder holds several, and
             where ``owner/name`` says no more; None: there is no such name.
-        beside: a folder that is fetched along from the hub, from beside the file or its folder.
 
     Raises:
         UnsafeWeights: it is a pickle.
         ModelError: there is none, or there are several to choose from.
     """
+    if "://" in source:
+        raise ModelError(
+            f"{source}: an address: give a file or folder on this disk, or what the hub has as"
+            " owner/name or owner/name/file.safetensors"
+        )
     path = Path(os.path.expanduser(source))  # noqa: PTH111 - a hub id is no path
     loading.check_file(path, whole=False)
     if path.is_file():
@@ -51,10 +55,18 @@ def weights_file(source: str, usual: str | None = None, beside: str | None = Non
         there = [one.name for one in Path().iterdir() if one.suffix == SUFFIX]
         hint = nearest(source, there) if len(parts) == 1 else ""
         raise ModelError(f"{source}: no such file or folder{hint}")
-    return _from_hub("/".join(parts[:2]), "/".join(parts[2:]), usual, beside)
+    return _from_hub("/".join(parts[:2]), "/".join(parts[2:]), usual)
 
 
-def _from_hub(repository: str, name: str, usual: str | None, beside: str | None) -> Path:
+def stamp(source: str) -> object:
+    """What tells whether a file or folder is the one that it was; None: neither is there."""
+    path = Path(os.path.abspath(os.path.expanduser(source)))  # noqa: PTH100, PTH111 - as above
+    files = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else ()
+    told = [(file, file.stat()) for file in files if file.is_file()]
+    return [(str(file), one.st_mtime_ns, one.st_size) for file, one in told] or None
+
+
+def _from_hub(repository: str, name: str, usual: str | None) -> Path:
     found = hub.find(repository, part=True)
     if name == usual and found.files is not None and name not in found.files:
         others = [path for path in found.files if "/" not in path and path.endswith(SUFFIX)]
@@ -62,12 +74,4 @@ def _from_hub(repository: str, name: str, usual: str | None, beside: str | None)
             said = f"name one of {', '.join(others)}" if others else f"nor any other {SUFFIX} file"
             raise ModelError(f"{repository}: has no {name} on the hub: {said}")
         name = others[0]
-    wanted = [name]
-    for place in list(PurePosixPath(name).parents)[:2] if beside else ():
-        folder = (place / str(beside)).as_posix() + "/"
-        more = [path for path in found.files or () if path.startswith(folder)]
-        more = [path for path in more if path.endswith((".json", SUFFIX))]
-        if more:
-            wanted += more
-            break
-    return found.fetch(wanted) / name
+    return found.fetch([name]) / name

@@ -23,8 +23,11 @@ from diffedit.guidance import NEGATIVE, POSITIVE
 from diffedit.models import loading
 from diffedit.models.pipeline import PipelineModel
 from diffedit.models.protocol import Conditioning, ModelInput, Residuals
+from diffedit.prompts import tell_unread
 from diffedit.schedule import flow_calls_kept
 
+#: Tokens of a prompt, and of the question that it is put into, that are read.
+LONGEST = 512
 #: What a ControlNet has of the transformer that it was made for, and no weights of its own for.
 BORROWED = (
     "t_scale", "t_embedder", "all_x_embedder", "cap_embedder", "rope_embedder", "noise_refiner",
@@ -82,9 +85,22 @@ class ZImage(PipelineModel):
             ``(prompts,)``, how many tokens each has, on the CPU: they decide shapes.
         """
         made = [
-            self.pipe.encode_prompt(text, device=self.device, do_classifier_free_guidance=False)
+            self.pipe.encode_prompt(
+                text,
+                device=self.device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=LONGEST,
+            )
             for text in prompts
         ]
+        for text in prompts:
+            asked = self.pipe.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=True,
+            )
+            tell_unread(text, self.pipe.tokenizer, LONGEST, asked)
         texts = [text for (text,), _ in made]
         return Conditioning(
             {

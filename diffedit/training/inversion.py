@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffedit.errors import InputError
+from diffedit.models.textual_inversion import small
 from diffedit.training.config import InversionTraining
 from diffedit.training.data import Example, Source
 from diffedit.training.denoising import Latents, save_settings
@@ -70,6 +71,8 @@ def add_word(
     Raises:
         InputError: the word is known already, or what it is to be like is not.
     """
+    if (read := small(tokenizer, token)) != token:
+        raise InputError(f"token {token!r} is {read!r} to the model's tokenizer, write it so")
     names = [token, *(f"{token}_{number}" for number in range(1, vectors))]
     known = tokenizer.get_vocab()
     if taken := [name for name in names if name in known]:

@@ -38,8 +38,8 @@ class IPAdapter(Windowed):
     )
     encoder: str | None = Field(
         None,
-        description="Folder of the image encoder it was trained with; none: image_encoder beside"
-        " the file",
+        description="Folder of the image encoder it was trained with, or owner/name/folder on the"
+        " hub; none: image_encoder beside the file, or in models beside its folder",
         max_length=4096,
         json_schema_extra={"advanced": True, "format": "model"},
     )

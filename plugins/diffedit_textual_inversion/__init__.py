@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from pydantic import ConfigDict, Field
 
-from diffedit import Contribution, Edit, Patch, Run, hookimpl
+from diffedit import Contribution, Edit, Pass, Patch, Run, hookimpl
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +41,6 @@ class TextualInversion(Edit):
     def contribute(self, run: Run) -> Contribution:
         """What the text encoders know while prompts are embedded."""
         word = run.textual_inversion(self.model, self.token)
-        if word.token not in run.prompt + run.negative:
-            log.warning("no prompt of this pass says %s, the word of %s", word.token, self.model)
         return Contribution(patches=(Patch(lambda model: model.add_textual_inversion(word)),))
 
 
@@ -50,3 +48,17 @@ class TextualInversion(Edit):
 def register_edits() -> list[type[Edit]]:
     """The edit of this plugin."""
     return [TextualInversion]
+
+
+@hookimpl
+def pass_started(pass_: Pass, run: Run) -> None:
+    """Warn of words that no prompt says: neither the pass's, nor one of an edit, such as region."""
+    learned = [edit for edit in pass_.edits if isinstance(edit, TextualInversion)]
+    others = [edit for edit in pass_.edits if not isinstance(edit, TextualInversion)]
+    texts = [run.prompt, run.negative]
+    texts += [text for edit in others for text in vars(edit).values() if isinstance(text, str)]
+    said = "\n".join(texts).lower()  # capitals or none: the text encoders hear no difference
+    for edit in learned:
+        token = run.textual_inversion(edit.model, edit.token).token
+        if token.lower() not in said:
+            log.warning("no prompt of this pass says %s, the word of %s", token, edit.model)

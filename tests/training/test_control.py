@@ -349,7 +349,7 @@ def test_a_models_own_net_is_the_one_for_the_kind(tmp_path: Path) -> None:
     assert found("two", "none") is None
     several = put(tmp_path / "several" / "controlnet" / "canny", ["canny", "depth", "segments"])
     put(tmp_path / "several" / "controlnet" / "inpaint", "inpaint")
-    for kind in ("canny", "depth", "depth_midas", "segments"):
+    for kind in ("canny", "depth", "depth_midas", "segments", "none"):
         assert found("several", kind) == several
     assert found("several", "openpose") is None
 
