@@ -289,13 +289,15 @@ class Editor:
     def forget(self) -> None:
         """Let go of what was loaded besides the model, and of prompts that were read."""
         self._resources.clear()
+        self._stamps.clear()
         self._embeddings.clear()
 
     def _resource(self, key: str, loader: Callable[[], Any], of: str | None = None) -> Any:
         now = None if of is None else weights.stamp(of)
-        if key not in self._resources or self._stamps.get(key) != now:
-            if key in self._resources:  # prompts may have been read with what it was
-                self._embeddings.clear()
+        gone = now is None and key in self._resources  # and is still here
+        if not gone and (key not in self._resources or self._stamps.get(key) != now):
+            if self._resources.pop(key, None) is not None:
+                self._embeddings.clear()  # prompts may have been read with what it was
             self._resources[key], self._stamps[key] = loader(), now
         return self._resources[key]
 
@@ -329,8 +331,7 @@ class Stream(Iterator[Step]):
 
     def close(self) -> None:
         """Cancel the run, if it is still going; the model is left as it was."""
-        with turns.running():
-            self._steps.close()
+        self._steps.close()  # undoing makes no layers, so it needs no turn
 
     @property
     def result(self) -> Result:

@@ -159,6 +159,9 @@ class Run:
         Args:
             of: the file or folder that ``loader`` reads, if it reads one: when that has changed it
                 is loaded anew.
+
+        No thread that a loader or a step starts may load or run and be waited for: both are taken
+        in turns, and the step has its own.
         """
         return self.load(key, loader, of)
 
@@ -205,7 +208,10 @@ class Run:
 
     def lora(self, source: str) -> Any:
         """Low-rank additions to the model's weights: its own by name, or from file or hub."""
-        return self.resource(f"lora:{source}", lambda: self.model.load_lora(source), source)
+        from diffedit.models.lora import own_loras  # imports peft
+
+        where = own_loras(str(self.model.info["source"])).get(source, source)
+        return self.resource(f"lora:{source}", lambda: self.model.load_lora(source), str(where))
 
     def ip_adapter(self, source: str, encoder: str | None = None) -> Any:
         """What makes a prompt of a picture, from a file, a folder or the hub.

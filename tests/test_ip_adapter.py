@@ -472,6 +472,20 @@ def test_the_encoder_that_fits_is_found(
     assert not torch.equal(made, expected)
 
 
+def test_one_beside_that_does_not_fit_leaves_the_models_own(tmp_path: Path) -> None:
+    editor = SD.editor()
+    unet = editor.model.denoiser  # type: ignore[attr-defined]
+    file = repository(tmp_path, unet, "plain")
+    own = tmp_path / "models" / "image_encoder"
+    expected = latents(editor, IPAdapter(model=str(file), image=CAT, encoder=str(own)))
+    other = SD.editor()
+    other.model.pipe.image_encoder = (  # type: ignore[attr-defined]
+        CLIPVisionModelWithProjection.from_pretrained(own)
+    )
+    shutil.rmtree(own)
+    assert torch.equal(latents(other, IPAdapter(model=str(file), image=CAT)), expected)
+
+
 def test_an_encoder_may_be_a_place_on_the_hub(tmp_path: Path, server: Hub) -> None:
     editor = SD.editor()
     unet = editor.model.denoiser  # type: ignore[attr-defined]

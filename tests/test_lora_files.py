@@ -17,9 +17,10 @@ from torch import Tensor
 from diffedit.errors import ModelError
 from diffedit.models.lora import USUAL
 from diffedit_lora import LoRA
-from tests.families import FAMILIES, FLUX, SD, SDXL, Tiny
+from tests.families import CHROMA, FAMILIES, FLUX, QWEN_IMAGE, SD, SDXL, Z_IMAGE, Tiny
 from tests.families.additions import additions, kohya, parts_of, written
-from tests.test_lora import refused, run, unharmed
+from tests.parity import comparisons
+from tests.test_lora import apart, refused, run, unharmed
 
 CARRYING = [family for family in FAMILIES if "lora" in family.model.carries]
 State = dict[str, Tensor]
@@ -74,6 +75,51 @@ def test_alphas_count_in_every_layout(family: Tiny, layout: str, tmp_path: Path)
     latents = run(editor, LoRA(model=file))
     assert torch.allclose(latents, run(editor, LoRA(model=wanted)), atol=1e-5)
     assert not torch.allclose(latents, run(editor), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        (FLUX, "the model's names"),
+        (CHROMA, "the model's names"),
+        (QWEN_IMAGE, "ComfyUI's prefix"),
+        (Z_IMAGE, "ComfyUI's prefix"),
+        (Z_IMAGE, "no prefix"),
+    ],
+    ids=lambda one: getattr(one, "name", one),
+)
+def test_where_diffusers_reads_them_the_bits_are_its_own(
+    family: Tiny, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparisons, "STEPS", 2)
+    part, state = _alone(family)
+    made = LAYOUTS[layout](_with_alpha(state, 3.0), part)
+    assert apart(family, {written(tmp_path / "alpha.safetensors", made): 0.8}) == 0.0
+
+
+def test_layers_that_the_model_lacks_do_not_cost_the_others_their_alpha(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, state = _alone(SD)
+    editor = unharmed(SD)
+    wanted = run(editor, LoRA(model=written(tmp_path / "a.safetensors", _with_alpha(state, 0.5))))
+    more = {f"unet.nowhere.to_q.lora_{letter}.weight": torch.zeros(4, 4) for letter in "AB"}
+    file = written(tmp_path / "b.safetensors", _with_alpha(state | more, 0.5))
+    with caplog.at_level(logging.WARNING, "diffedit"):
+        assert torch.equal(run(editor, LoRA(model=file)), wanted)
+    assert any("2 of its" in one.getMessage() for one in caplog.records)
+
+
+def test_eight_bits(tmp_path: Path) -> None:
+    _, state = _alone(SD)
+    rounded = {key: value.to(torch.float8_e4m3fn) for key, value in state.items()}
+    wanted = {key: value.float() for key, value in rounded.items()}
+    files = [
+        written(tmp_path / f"{name}.safetensors", one)
+        for name, one in (("eight", rounded), ("full", wanted))
+    ]
+    made = [run(unharmed(SD), LoRA(model=file)) for file in files]
+    assert torch.equal(made[0], made[1])
 
 
 def test_what_peft_saves(tmp_path: Path) -> None:
@@ -152,6 +198,17 @@ def test_a_rank_that_the_file_says_and_does_not_have(tmp_path: Path) -> None:
     refused(SD, file, r"says that down_blocks\S+ has the rank 8, and it has 4")
 
 
+@pytest.mark.parametrize(
+    "told",
+    [{"unet.r": 4, "unet.rank_pattern": {"(": 4}}, {"unet.r": 4, "unet.rank_pattern": [1]}],
+    ids=["no pattern", "a list"],
+)
+def test_nonsense_that_the_file_says_of_itself(told: dict[str, Any], tmp_path: Path) -> None:
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(told)}
+    file = written(tmp_path / "a.safetensors", _alone(SD)[1], metadata)
+    refused(SD, file, "says of itself what peft cannot read")
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_numbers_that_are_none(number: float, tmp_path: Path) -> None:
     _, state = _alone(SD)
@@ -222,3 +279,11 @@ def test_the_same_name_elsewhere_is_another_file(
         written(Path("a.safetensors"), _alone(SD, seed=seed)[1])
         made.append(run(editor, LoRA(model="a.safetensors")))
     assert not torch.allclose(made[0], made[1], atol=1e-3)
+
+
+def test_a_file_that_is_gone_is_still_here(tmp_path: Path) -> None:
+    """As with a server that lets go of what it was given."""
+    editor, file = SD.editor(), tmp_path / "a.safetensors"
+    first = run(editor, LoRA(model=written(file, _alone(SD)[1])))
+    file.unlink()
+    assert torch.equal(run(editor, LoRA(model=str(file))), first)

@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from diffedit import Editor, Pass
+from diffedit import Contribution, Edit, Editor, Pass, Run
 from diffedit.models.turns import Turns
 from diffedit_lora import LoRA
 from tests.families import SD
@@ -109,7 +110,7 @@ def test_who_loads_waits_for_those_that_run_and_goes_before_the_next() -> None:
         made = [pool.submit(first)]
         assert entered.wait(10)
         made.append(pool.submit(load))
-        assert _soon(lambda: turns._waiting == 1)
+        assert _soon(lambda: bool(turns._waiting))
         made.append(pool.submit(second))
         time.sleep(0.05)
         assert order == []
@@ -134,7 +135,9 @@ def test_two_runs_that_load_do_not_wait_for_each_other() -> None:
         for one in [pool.submit(run, name) for name in "ab"]:
             one.result(20)
     assert order in (["a", "a", "b", "b"], ["b", "b", "a", "a"])
-    assert (turns._running, turns._waiting, turns._loader) == (0, 0, None)
+    assert not turns._running
+    assert not turns._waiting
+    assert turns._loader is None
 
 
 def test_an_error_gives_the_turn_back() -> None:
@@ -144,4 +147,76 @@ def test_an_error_gives_the_turn_back() -> None:
             raise KeyError
     with turns.running(), pytest.raises(KeyError), turns.loading():
         raise KeyError
-    assert (turns._running, turns._waiting, turns._loader) == (0, 0, None)
+    assert not turns._running
+    assert not turns._waiting
+    assert turns._loader is None
+
+
+def test_a_download_keeps_nobody_waiting() -> None:
+    """Neither within a step nor within a load; afterwards the turn is as it was."""
+    turns, other = Turns(), ThreadPoolExecutor(1)
+
+    def load() -> str:
+        with turns.loading():
+            return "loaded"
+
+    with other:
+        for turn in (turns.running, turns.loading):
+            with turn():
+                with turns.aside():
+                    assert other.submit(load).result(10) == "loaded"
+                waits = other.submit(load)
+                with pytest.raises(TimeoutError):
+                    waits.result(0.05)
+            assert waits.result(10) == "loaded"
+
+
+def test_a_forked_process_waits_for_no_thread_that_it_does_not_have() -> None:
+    turns, entered, leave = Turns(), threading.Event(), threading.Event()
+
+    def run() -> None:
+        with turns.running():
+            entered.set()
+            assert leave.wait(10)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run)
+        assert entered.wait(10)
+        turns.alone()
+        with turns.loading():
+            leave.set()
+
+
+def test_each_step_has_a_turn_and_what_is_between_has_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = Turns()
+    monkeypatch.setattr("diffedit.editor.turns", seen)
+    within = list[str | None]()
+
+    class Told(Edit):
+        name: ClassVar[str] = "told"
+
+        def contribute(self, run: Run) -> Contribution:
+            within.append(seen._turn)
+            return Contribution()
+
+    editor = SD.editor()
+    events = editor.stream(None, Pass(prompt="a", steps=2, edits=[Told()]))
+    next(events)
+    assert within == ["running"]
+    assert seen._turn is None
+    # Cancelling waits for nobody.
+    with ThreadPoolExecutor(1) as pool:
+        begun, leave = threading.Event(), threading.Event()
+
+        def load() -> None:
+            with seen.loading():
+                begun.set()
+                assert leave.wait(10)
+
+        loading = pool.submit(load)
+        assert begun.wait(10)
+        events.close()
+        leave.set()
+        loading.result(10)

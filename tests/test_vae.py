@@ -16,7 +16,7 @@ from diffedit import Editor, Pass
 from diffedit.cli import main
 from diffedit.errors import ModelError, UnsafeWeights
 from diffedit_img2img import Img2Img
-from tests.families import FAMILIES, FLUX, SANA, SD, SD3, SDXL, Tiny
+from tests.families import FAMILIES, FLUX, SANA, SD, SD3, SDXL, Tiny, originals
 from tests.parity import comparisons
 from tests.parity.comparisons import Case, photograph
 
@@ -115,6 +115,19 @@ def test_the_places_that_one_can_be_in(tmp_path: Path) -> None:
     assert np.array_equal(
         by_file.run(PICTURE, PASS, seed=3).pixels, wanted.run(PICTURE, PASS, seed=3).pixels
     )
+
+
+def test_one_in_the_file_of_a_whole_model_whose_rest_is_quantised(tmp_path: Path) -> None:
+    model = saved(SD, tmp_path / "model")
+    other: Any = another(SD.pipeline().vae)
+    state = originals.autoencoder(other)
+    alone, whole = tmp_path / "alone.safetensors", tmp_path / "whole.safetensors"
+    save_file(state, alone)
+    scaled = {"model.diffusion_model.out.2.scale_weight": torch.ones(())}
+    save_file(state | scaled, whole)
+    made = [Editor.load(model, device="cpu", vae=file).run(PICTURE, PASS, seed=3).pixels
+            for file in (alone, whole)]  # fmt: skip
+    assert np.array_equal(made[0], made[1])
 
 
 ORIGINAL = (

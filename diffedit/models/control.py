@@ -141,7 +141,8 @@ def own_control(source: str, kind: str | None = None, *, named: bool = False) ->
             if asked & _kinds(one):
                 return one
         others = [one for one in there if "inpaint" not in {one.name, *_kinds(one)}]
-        if kind == "none" and len(others) == 1:
+        alone = len(others) == 1 and not (own / "config.json").is_file()
+        if kind == "none" and alone and not named:
             return others[0]
     if not (own / "config.json").is_file():
         return None

@@ -22,6 +22,7 @@ from diffedit.errors import ModelError
 from diffedit.models.download import File, StoppedError, UnreachableError, ask, fetch, utils
 from diffedit.models.files import first_line, is_pickle, read_json, unsafe, variant_of
 from diffedit.models.parts import STEMS, named
+from diffedit.models.turns import turns
 
 log = logging.getLogger(__name__)
 
@@ -218,7 +219,7 @@ class Repository:
             with lock:
                 bar.update(more)
 
-        with bar, ThreadPoolExecutor(_WORKERS) as pool:
+        with turns.aside(), bar, ThreadPoolExecutor(_WORKERS) as pool:
             tasks = [pool.submit(self._get, file, told, stop) for file in missing]
             try:
                 for task in as_completed(tasks):  # the first that fails stops the others

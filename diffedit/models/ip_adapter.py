@@ -212,16 +212,19 @@ def load_ip_adapter(
     parts = _read(file)
     keys_values = _keys_values(file, parts["ip_adapter"], places, denoiser)
     projection = _projection(file, parts["image_proj"], places, denoiser)
+    its: Any = own
     if encoder is not None:
         where: Path | None = _named(encoder)
     else:
         where = _usual(file, lambda one: _fits(read_json(one / "config.json"), projection)[0])
+        beside = where is not None and _fits(read_json(where / "config.json"), projection)[0]
+        if own is not None and not beside and _fits(its.config.to_dict(), projection)[0]:
+            where = None
     if where is None and own is None:
         raise ModelError(
             f"{file}: no folder {ENCODER} beside it: name the image encoder that it was trained"
             " with (ip_adapter: encoder)"
         )
-    its: Any = own
     config = read_json(where / "config.json") if where else its.config.to_dict()
     fits, said = _fits(config, projection)
     if not fits:
@@ -230,11 +233,10 @@ def load_ip_adapter(
             f" {where or 'the model has'}: it takes {said}; name the right one (ip_adapter:"
             " encoder)"
         )
-    sees = its
     if where is not None:
         folder = str(where)
-        sees = load(f"image encoder:{folder}", lambda: _load_encoder(folder, denoiser))
-    return IPAdapter(projection, sees, keys_values, places.black, places.late)
+        its = load(f"image encoder:{folder}", lambda: _load_encoder(folder, denoiser))
+    return IPAdapter(projection, its, keys_values, places.black, places.late)
 
 
 def _read(file: Path) -> dict[str, dict[str, Tensor]]:

@@ -94,7 +94,8 @@ def load(
 
         more["vae"] = load_autoencoder(str(vae), where, more.get("config"), kind)
     said = {"device": on, "dtype": kind, "revision": revision, "variant": variant, **more}
-    model = devices.fitting(source, on, lambda **less: family.load(where, **{**said, **less}))
+    with turns.running():  # what a family sets up makes tensors, too
+        model = devices.fitting(source, on, lambda **less: family.load(where, **{**said, **less}))
     if dtype is not None and model.dtype != kind:
         own = str(model.dtype).removeprefix("torch.")
         log.warning("%s: computes in %s, which its weights were quantised for", source, own)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -242,13 +243,14 @@ def _config(
         told = {**part.told, "lora_dropout": 0.0, "init_lora_weights": True}
         try:
             config = LoraConfig(**told)
-        except TypeError as error:
+            ranks = dict(config.rank_pattern or {})
+            rank_of = {key: ranks.get(get_pattern_key(list(ranks), _layer_of(key)), config.r)
+                       for key in ups}  # fmt: skip
+        except (TypeError, ValueError, re.error) as error:
             said = first_line(error)
             raise ModelError(f"{file}: says of itself what peft cannot read ({said})") from error
         for key, value in ups.items():
-            ranks = config.rank_pattern or {}
-            rank = ranks.get(get_pattern_key(list(ranks), _layer_of(key)), config.r)
-            if rank != value.shape[1]:
+            if (rank := rank_of[key]) != value.shape[1]:
                 raise ModelError(
                     f"{file}: says that {_layer_of(key)} has the rank {rank}, and it has"
                     f" {value.shape[1]}"

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from diffusers.utils import (
     convert_state_dict_to_peft,
     convert_unet_state_dict_to_peft,
 )
+from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -97,7 +98,8 @@ class Said:
 
 #: Words of trainers for the two matrices, and what may stand before the name of a denoiser's layer.
 _MATRICES = {"A": ("lora_A", "lora_down", "lora.down"), "B": ("lora_B", "lora_up", "lora.up")}
-_BEFORE = ("diffusion_model.", "base_model.model.", "")
+_PEFT = "base_model.model."
+_BEFORE = ("diffusion_model.", _PEFT, "")
 _KEY = re.compile(
     r"(?P<layer>.+)\.((?P<matrix>lora_[AB]|lora_down|lora_up|lora\.down|lora\.up)"
     r"(\.default)?\.(?P<what>weight|bias)|(?P<alpha>alpha)"
@@ -118,39 +120,80 @@ def read(loaders: Loaders, modules: Mapping[str, nn.Module], file: Path, **optio
     """
     shapes = {name: tensor.shape for name, tensor in header(file).items()}
     _check_layout(file, shapes)
-    said = _plain(modules, file, shapes) or _converted(loaders, modules, file, shapes, options)
+    said = _plain(modules, file, shapes, own=True)
+    if said is None:
+        said = _converted_or_plain(loaders, modules, file, shapes, options)
     _check_pairs(file, said)
     return said
+
+
+def _converted_or_plain(
+    loaders: Loaders,
+    modules: Mapping[str, nn.Module],
+    file: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    options: Mapping[str, Any],
+) -> Said:
+    """As diffusers reads it, wherever it does: only then are the pictures its own."""
+    try:
+        said = _converted(loaders, modules, file, shapes, options)
+    except ModelError:
+        if (plain := _plain(modules, file, shapes)) is None:
+            raise
+        return plain
+    layers = {part: dict(module.named_modules()).keys() for part, module in modules.items()}
+    fits = any(
+        key.split(".lora_")[0] in layers[name]
+        for name, part in said.parts.items()
+        for key in part.state
+    )
+    return said if fits else _plain(modules, file, shapes) or said
 
 
 # --- layouts --------------------------------------------------------------------------------------
 
 
 def _plain(
-    modules: Mapping[str, nn.Module], file: Path, shapes: Mapping[str, tuple[int, ...]]
+    modules: Mapping[str, nn.Module],
+    file: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    own: bool = False,
 ) -> Said | None:
-    """A file whose layers are called as the model calls them; None: it is of another kind."""
-    homes: dict[str, tuple[str, str]] = {}
+    """A file whose layers are called as the model calls them; None: it is of another kind.
+
+    Args:
+        own: only one whose keys begin with the names of components; layers that these have not are
+            left out then.
+    """
+    homes: dict[str, tuple[re.Match[str], tuple[str, str] | None]] = {}
     layers = {part: dict(module.named_modules()).keys() for part, module in modules.items()}
     for key in shapes:
-        found = _KEY.fullmatch(key)
-        if found is None or (home := _home(found["layer"], modules, layers)) is None:
+        ours = key.startswith(tuple(f"{part}." for part in modules))
+        if (found := _KEY.fullmatch(key)) is None or (own and not ours):
             return None
-        homes[key] = home
+        home = _home(found["layer"], modules, layers)
+        if home is None and not own:
+            return None
+        homes[key] = found, home
+    if not any(home for _, home in homes.values()):
+        return None
     states: dict[str, dict[str, Tensor]] = {part: {} for part in modules}
     alphas: dict[str, dict[str, float]] = {part: {} for part in modules}
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata() or {}
-        for key, (part, layer) in homes.items():
-            found, value = _KEY.fullmatch(key), opened.get_tensor(key)
-            assert found is not None
+        for key, (found, home) in homes.items():
+            if home is None:
+                continue
+            part, layer = home
             if found["alpha"]:
-                alphas[part][layer] = float(value)
+                alphas[part][layer] = float(opened.get_tensor(key))
             elif found["dora"]:
-                states[part][f"{layer}.lora_magnitude_vector"] = value
+                states[part][f"{layer}.lora_magnitude_vector"] = opened.get_tensor(key)
             else:
-                letter = next(one for one, names in _MATRICES.items() if found["matrix"] in names)
-                states[part][f"{layer}.lora_{letter}.{found['what']}"] = value
+                letter = "A" if found["matrix"] in _MATRICES["A"] else "B"
+                name = f"{layer}.lora_{letter}.{found['what']}"
+                states[part][name] = opened.get_tensor(key)
     try:
         told = dict(json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}")))
     except (TypeError, ValueError) as error:
@@ -159,9 +202,10 @@ def _plain(
         part: Part(state, alphas[part], _of_part(told, part)) for part, state in states.items()
     }
     denoiser = next(iter(modules))
-    if any(key.startswith("base_model.model.") for key in shapes):
+    if any(key.startswith(_PEFT) for key in shapes) and not alphas[denoiser]:
         parts[denoiser] = Part(parts[denoiser].state, {}, _of_peft(file))
-    return Said(parts, sum(map(len, states.values())), bool(states[denoiser]))
+    count = sum(not found["alpha"] for found, _ in homes.values())
+    return Said(parts, count, any(not key.startswith("text_encoder") for key in shapes))
 
 
 def _home(
@@ -187,7 +231,8 @@ def _of_peft(file: Path) -> dict[str, Any]:
             f"{file}: was saved by peft, which keeps alpha in adapter_config.json, and there is"
             " none beside it"
         )
-    return read_json(beside)
+    known = {field.name for field in fields(LoraConfig)}  # a later peft has more
+    return {key: value for key, value in read_json(beside).items() if key in known}
 
 
 def _converted(
@@ -278,7 +323,7 @@ def _check_pairs(file: Path, said: Said) -> None:
             layer, matrix, what = key.partition(".lora_")
             if matrix and what in ("A.weight", "B.weight"):
                 found.setdefault(layer, {})[what[0]] = value
-            if not bool(value.isfinite().all()):
+            if not bool(value.float().isfinite().all()):
                 raise ModelError(f"{file}: {key} holds numbers that are not finite")
         for layer, pair in found.items():
             if len(pair) < 2:
@@ -321,7 +366,7 @@ def unfit(file: Path, modules: Mapping[str, nn.Module], why: str) -> ModelError:
     if seems is None:
         said = "it is for another model, or in a layout that is not read"
     elif seems == own:
-        said = "it is in a layout that is not read"
+        said = "it is for another model of its kind, or in a layout that is not read"
     else:
         said = f"it seems to be for {seems}"
     return ModelError(f"{file}: does not fit the loaded model ({why}); {said}")

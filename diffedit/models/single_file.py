@@ -199,7 +199,9 @@ def network(cls: Any, path: Path, folder: Path, dtype: Any = None) -> Any:
         raise parts.unread(settings, method)
     made = parts.blueprint(cls, config, settings, dtype)
     wanted, own = parts.shapes(made), dict(names)
-    check_kinds(path, names, wanted)
+    held = {name: one for name, one in names.items() if name.startswith(_AUTOENCODERS)}
+    whole = held and cls.__name__.startswith("Autoencoder")  # of a model, whose rest is not read
+    check_kinds(path, held if whole else names, wanted)
     made._fix_state_dict_keys_on_load(own)
     if cls.__name__ not in _layouts() or 2 * len(own.keys() & wanted) > len(wanted):
         check_weights(path, own, wanted)

@@ -36,6 +36,8 @@ SECOND = "learned_embeds_2.safetensors"
 _CLIPS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 #: What AUTOMATIC1111's interface calls them, whose words are called as their files.
 _NAMELESS = "emb_params"
+#: Marks a tokenizer that was taught a word here.
+_TAUGHT = "diffedit_taught"
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,10 +132,8 @@ def _read(file: Path) -> tuple[str | None, dict[str | None, Tensor]]:
 
 
 def read_as(tokenizer: Any, text: str) -> str:
-    """A text as a tokenizer reads it, in small letters if it does, if it was taught any word."""
-    if all(token.special for token in tokenizer.added_tokens_decoder.values()):
-        return text
-    return small(tokenizer, text)
+    """A text as a tokenizer reads it that was taught a word: in small letters, if it does so."""
+    return small(tokenizer, text) if hasattr(tokenizer, _TAUGHT) else text
 
 
 def small(tokenizer: Any, text: str) -> str:
@@ -163,6 +163,7 @@ def teach(pipe: Any, readers: Mapping[str, str], word: Word) -> Callable[[], Non
             tokenizer = copy.deepcopy(old)
             names = [small(tokenizer, name) for name in word.names()]
             tokenizer.add_tokens(names)
+            setattr(tokenizer, _TAUGHT, True)
             places: Sequence[int] = tokenizer.convert_tokens_to_ids(names)
             encoder = getattr(pipe, name)
             table = encoder.get_input_embeddings()

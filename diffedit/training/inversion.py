@@ -71,7 +71,8 @@ def add_word(
     Raises:
         InputError: the word is known already, or what it is to be like is not.
     """
-    if (read := small(tokenizer, token)) != token:
+    if vectors > 1 and (read := small(tokenizer, token)) != token:
+        # diffusers would find the first of its tokens only.
         raise InputError(f"token {token!r} is {read!r} to the model's tokenizer, write it so")
     names = [token, *(f"{token}_{number}" for number in range(1, vectors))]
     known = tokenizer.get_vocab()

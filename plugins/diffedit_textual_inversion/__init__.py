@@ -56,7 +56,8 @@ def pass_started(pass_: Pass, run: Run) -> None:
     learned = [edit for edit in pass_.edits if isinstance(edit, TextualInversion)]
     others = [edit for edit in pass_.edits if not isinstance(edit, TextualInversion)]
     texts = [run.prompt, run.negative]
-    texts += [text for edit in others for text in vars(edit).values() if isinstance(text, str)]
+    fields = [(name, text) for edit in others for name, text in vars(edit).items()]
+    texts += [str(text) for name, text in fields if "prompt" in name or "negative" in name]
     said = "\n".join(texts).lower()  # capitals or none: the text encoders hear no difference
     for edit in learned:
         token = run.textual_inversion(edit.model, edit.token).token

@@ -347,6 +347,9 @@ def test_a_models_own_net_is_the_one_for_the_kind(tmp_path: Path) -> None:
     assert found("two", "depth_midas") == three  # it says that it is for depth, however made
     assert found("two", "segments") is None
     assert found("two", "none") is None
+    both = put(tmp_path / "both" / "controlnet", None)
+    put(tmp_path / "both" / "controlnet" / "depth", "depth")
+    assert found("both", "none") == both
     several = put(tmp_path / "several" / "controlnet" / "canny", ["canny", "depth", "segments"])
     put(tmp_path / "several" / "controlnet" / "inpaint", "inpaint")
     for kind in ("canny", "depth", "depth_midas", "segments", "none"):

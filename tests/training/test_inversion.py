@@ -134,7 +134,10 @@ def test_captions_say_the_word(small_model: Path, tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"token": "red</w>"}, "'red</w>' is a word of the model already"),
-        ({"token": "<New>"}, "'<New>' is '<new>' to the model's tokenizer, write it so"),
+        (
+            {"token": "<New>", "vectors": 2},
+            "'<New>' is '<new>' to the model's tokenizer, write it so",
+        ),
         ({"like": "xylophone"}, r"like 'xylophone' is \d+ tokens .* should be one word it knows"),
         ({"like": "red green"}, r"like 'red green' is 2 tokens .* should be one word it knows"),
         ({"like": "red green", "vectors": 3}, r"should be one word, or 3, it knows"),
