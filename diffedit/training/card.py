@@ -220,7 +220,9 @@ def _what(part: Path) -> str:
         plain = [kind for kind in said["down_block_types"] if "CrossAttn" not in kind]
         where = {0: "at every level", len(widths): "at no level"}
         attention = where.get(len(plain), f"at all levels but the finest {len(plain)}")
-        hints = f" for {part.name} hints" if name == "ControlNetModel" else ""
+        kinds = _settings(part, "diffedit.json").get("kind", part.name)
+        named = " and ".join(", ".join(kinds).rsplit(", ", 1)) if isinstance(kinds, list) else kinds
+        hints = f" for {named} hints" if name == "ControlNetModel" else ""
         return f"`{name}`{hints}, widths {widths}, cross-attention {attention}"
     if lora := next(iter(part.glob("*lora*.safetensors")), None):
         told = _settings(part, "diffedit.json")

@@ -53,7 +53,11 @@ def folder(small_model: Path, tmp_path: Path) -> Path:
 def test_the_parts_are_those_of_the_folder(folder: Path) -> None:
     unet = UNet2DConditionModel.from_pretrained(folder / "unet")
     ControlNetModel.from_unet(unet).save_pretrained(folder / "controlnet" / "canny")
+    several = folder / "controlnet" / "several"
+    ControlNetModel.from_unet(unet).save_pretrained(several)
+    (several / "diffedit.json").write_text('{"kind": ["canny", "depth", "segments"]}', "utf-8")
     text = card.card(folder, {})
+    assert "| `controlnet/several` | `ControlNetModel` for canny, depth and segments hints," in text
     assert "`UNet2DConditionModel`, widths (16, 32), cross-attention at every level" in text
     count = sum(p.numel() for p in unet.parameters())
     assert f"at every level | {count / 1e6:.1f} M |" in text
