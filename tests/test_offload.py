@@ -20,7 +20,7 @@ from bench import sizes
 from bench.fake_gpu import GPU, Memory, bytes_on, gpu, networks
 from diffedit import Call, Editor, Pass, errors
 from diffedit.cli import main
-from diffedit.models import devices, holding, loading
+from diffedit.models import devices, holding, loading, textual_inversion
 from diffedit.models.protocol import Conditioning, ModelInput
 from diffedit.rows import RowKey, RowMap
 from diffedit_img2img import Img2Img
@@ -54,6 +54,12 @@ def conditioning(family: Tiny, model: Any) -> Conditioning:
     with unset_fake_temporarily():
         known = family.model(family.pipeline()).embed(["a red circle"], (64, 64))
     return Conditioning({name: one.to(GPU) for name, one in known.tensors.items()}, known.ragged)
+
+
+def really(file: Path) -> dict[str, Tensor]:
+    """The numbers in a word's file, as they are."""
+    with unset_fake_temporarily():
+        return load_file(file)
 
 
 def call(model: Any, family: Tiny) -> ModelInput:
@@ -209,11 +215,7 @@ def test_pictures_are_the_same_and_the_model_as_it_was(
 def test_what_comes_on_top_is_where_it_is_computed_with(
     learning: Tiny, with_: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def really(file: Any, **options: Any) -> dict[str, Tensor]:
-        with unset_fake_temporarily():
-            return load_file(file, **options)
-
-    monkeypatch.setattr("diffedit.models.textual_inversion.load_file", really)
+    monkeypatch.setattr(textual_inversion, "_numbers", really)
     pipe: Any = learning.pipeline()
     net = learning.control_net(pipe)
     word = file_of(learning, tmp_path)
@@ -302,11 +304,7 @@ def test_where_a_model_computes_is_where_it_was_moved() -> None:
 def test_a_word_that_was_read_before_the_weights_moved(
     learning: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def really(file: Any, **options: Any) -> dict[str, Tensor]:
-        with unset_fake_temporarily():
-            return load_file(file, **options)
-
-    monkeypatch.setattr("diffedit.models.textual_inversion.load_file", really)
+    monkeypatch.setattr(textual_inversion, "_numbers", really)
     pipe: Any = learning.pipeline()
     file = file_of(learning, tmp_path)
     with gpu():

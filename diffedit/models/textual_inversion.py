@@ -96,8 +96,6 @@ def load_word(pipe: Any, readers: Mapping[str, str], source: str, token: str | N
                 f" {table.shape[1]}"
             )
         rows[name] = own.to(table.device, table.dtype)
-        if not own.float().isfinite().all():
-            raise ModelError(f"{file}: holds numbers that are not finite")
     if len({len(own) for own in rows.values()}) > 1:
         raise ModelError(f"{file}: has more rows for one text encoder than for the other")
     word = Word(token or named or file.stem, rows)
@@ -114,7 +112,7 @@ def _read(file: Path) -> tuple[str | None, dict[str | None, Tensor]]:
     Raises:
         ModelError: it holds something else.
     """
-    state = load_file(file)
+    state = _numbers(file)
     if state and state.keys() <= set(_CLIPS.values()):
         return None, {name: state[key] for name, key in _CLIPS.items() if key in state}
     if len(state) != 1:
@@ -124,11 +122,18 @@ def _read(file: Path) -> tuple[str | None, dict[str | None, Tensor]]:
     second = file.with_name(SECOND)
     if file.name == USUAL and second.is_file():
         header(second)
-        others = load_file(second)
+        others = _numbers(second)
         if others.keys() != state.keys():
             raise ModelError(f"{second}: holds {', '.join(others)}, and {file.name} {name}")
         return name, {"text_encoder": first, "text_encoder_2": others[name]}
     return None if name == _NAMELESS else name, {None: first}
+
+
+def _numbers(file: Path) -> dict[str, Tensor]:
+    state = load_file(file)
+    if not all(bool(rows.float().isfinite().all()) for rows in state.values()):
+        raise ModelError(f"{file}: holds numbers that are not finite")
+    return state
 
 
 def read_as(tokenizer: Any, text: str) -> str:

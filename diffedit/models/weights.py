@@ -59,9 +59,9 @@ def weights_file(source: str, usual: str | None = None) -> Path:
 
 
 def stamp(source: str) -> object:
-    """What tells whether a file or folder is the one that it was; None: neither is there."""
+    """What tells whether the weights in a file or folder are those that they were; None: none."""
     path = Path(os.path.abspath(os.path.expanduser(source)))  # noqa: PTH100, PTH111 - as above
-    files = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else ()
+    files = [path] if path.is_file() else sorted(path.glob(f"*{SUFFIX}"))
     told = [(file, file.stat()) for file in files if file.is_file()]
     return [(str(file), one.st_mtime_ns, one.st_size) for file, one in told] or None
 
