@@ -140,7 +140,8 @@ def test_what_peft_saves(tmp_path: Path) -> None:
     made = run(editor, LoRA(model=str(tmp_path / "peft")))
     assert torch.allclose(made, run(editor, LoRA(model=wanted)), atol=1e-5)
     (tmp_path / "peft" / "adapter_config.json").unlink()
-    refused(SD, tmp_path / "peft", r"keeps alpha in adapter_config\.json, and there is none beside")
+    (tmp_path / "peft").rename(tmp_path / "bare")
+    refused(SD, tmp_path / "bare", r"keeps alpha in adapter_config\.json, and there is none beside")
 
 
 def test_words_that_kohya_packs_in_are_left_out(
