@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -100,8 +100,9 @@ class Said:
 _MATRICES = {"A": ("lora_A", "lora_down", "lora.down"), "B": ("lora_B", "lora_up", "lora.up")}
 _PEFT = "base_model.model."
 _BEFORE = ("diffusion_model.", _PEFT, "")
+_NAMES = [name for names in _MATRICES.values() for name in names]
 _KEY = re.compile(
-    r"(?P<layer>.+)\.((?P<matrix>lora_[AB]|lora_down|lora_up|lora\.down|lora\.up)"
+    rf"(?P<layer>.+)\.((?P<matrix>{'|'.join(map(re.escape, _NAMES))})"
     r"(\.default)?\.(?P<what>weight|bias)|(?P<alpha>alpha)"
     r"|(?P<dora>lora_magnitude_vector)(\.default)?(\.weight)?)"
 )
@@ -122,32 +123,31 @@ def read(loaders: Loaders, modules: Mapping[str, nn.Module], file: Path, **optio
     _check_layout(file, shapes)
     said = _plain(modules, file, shapes, own=True)
     if said is None:
-        said = _converted_or_plain(loaders, modules, file, shapes, options)
+        # As diffusers reads it, wherever it does: only then are the pictures its own.
+        try:
+            said = _converted(loaders, modules, file, shapes, options)
+        except ModelError:
+            if (said := _plain(modules, file, shapes)) is None:
+                raise
+        if not _fits(said, modules):
+            said = _plain(modules, file, shapes) or said
     _check_pairs(file, said)
     return said
 
 
-def _converted_or_plain(
-    loaders: Loaders,
-    modules: Mapping[str, nn.Module],
-    file: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    options: Mapping[str, Any],
-) -> Said:
-    """As diffusers reads it, wherever it does: only then are the pictures its own."""
-    try:
-        said = _converted(loaders, modules, file, shapes, options)
-    except ModelError:
-        if (plain := _plain(modules, file, shapes)) is None:
-            raise
-        return plain
-    layers = {part: dict(module.named_modules()).keys() for part, module in modules.items()}
-    fits = any(
+def _fits(said: Said, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether any of it is for a layer that there is."""
+    layers = _layers(modules)
+    return any(
         key.split(".lora_")[0] in layers[name]
         for name, part in said.parts.items()
         for key in part.state
     )
-    return said if fits else _plain(modules, file, shapes) or said
+
+
+def _layers(modules: Mapping[str, nn.Module]) -> dict[str, Collection[str]]:
+    """The names of layers by component."""
+    return {part: dict(module.named_modules()).keys() for part, module in modules.items()}
 
 
 # --- layouts --------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def _plain(
             left out then.
     """
     homes: dict[str, tuple[re.Match[str], tuple[str, str] | None]] = {}
-    layers = {part: dict(module.named_modules()).keys() for part, module in modules.items()}
+    layers = _layers(modules)
     for key in shapes:
         ours = key.startswith(tuple(f"{part}." for part in modules))
         if (found := _KEY.fullmatch(key)) is None or (own and not ours):
@@ -209,7 +209,7 @@ def _plain(
 
 
 def _home(
-    layer: str, modules: Mapping[str, nn.Module], layers: Mapping[str, Iterable[str]]
+    layer: str, modules: Mapping[str, nn.Module], layers: Mapping[str, Collection[str]]
 ) -> tuple[str, str] | None:
     """The component and the layer that are meant; None: there is no such layer."""
     for part, module in modules.items():
@@ -340,9 +340,8 @@ def _check_layout(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     for mark, name in _OTHERS.items():
         if any(mark in key for key in shapes):
             raise ModelError(f"{file}: holds additions of the kind {name}; only LoRA is supported")
-    matrices = [name for names in _MATRICES.values() for name in names]
     if any(key.endswith(".diff") for key in shapes) and not any(
-        name in key for key in shapes for name in matrices
+        name in key for key in shapes for name in _NAMES
     ):
         raise ModelError(f"{file}: holds whole differences of weights; only LoRA is supported")
     if not any("lora" in key for key in shapes):
