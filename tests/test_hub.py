@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import termios
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from diffedit import Editor, Pass, errors
 from diffedit.cli import main
 from diffedit.models import download, hub
 from diffedit.models.loading import inspect
+from diffedit.models.turns import turns
 from diffedit.testing import tiny_control_net, tiny_editor, tiny_pipeline
 from diffedit_controlnet import ControlNet
 from diffedit_ip_adapter import IPAdapter
@@ -230,6 +232,23 @@ def test_a_models_own_loras_come_with_it(server: Hub, folders: list[Path], tmp_p
     assert (first == second).all()
     assert "lora/soft/diffedit.json" in server.fetched()
     assert "lora/soft/notes.safetensors" not in server.fetched()
+
+
+def test_no_other_thread_waits_for_a_download(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever fetches within a step, or while it loads, has no turn meanwhile."""
+    here, kept = threading.get_ident(), list[bool]()
+    get = hub.Repository._get
+
+    def seen(self: hub.Repository, *given: Any) -> None:
+        kept.append(here in turns._running or turns._loader == here)
+        get(self, *given)
+
+    monkeypatch.setattr(hub.Repository, "_get", seen)
+    with turns.running():
+        hub.find(NAME).model()
+        assert here in turns._running
+    assert kept
+    assert not any(kept)
 
 
 def test_what_the_hub_does_not_have(server: Hub, tmp_path: Path) -> None:
