@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffedit import Box
-from diffedit.canvas import Canvas, Frame, exact_frame, frame
+from diffedit.canvas import ZOOM, Canvas, Frame, exact_frame, frame
 from diffedit.errors import InputError
 from diffedit.images import Picture
 from tests.laws.photographs import mask, photograph
@@ -44,21 +44,44 @@ def test_the_frame_holds_what_is_asked_for_and_what_the_model_likes(
         assert region == whole
     assert all(side % GRID == 0 for side in made.size)
     assert max(made.size) <= SIDES[1]
+    if min(width, height) >= SIDES[0]:
+        assert made.content[0] <= region.width * ZOOM
     assert all(0 <= s - c < GRID for s, c in zip(made.size, made.content, strict=True))
     short, long = sorted(region.size)
     scale = min(max(1.0, SIDES[0] / short), SIDES[1] / long)
     assert all(abs(c - r * scale) <= 1 for c, r in zip(made.content, region.size, strict=True))
     if short >= SIDES[0] and long <= SIDES[1]:
         assert made.content == region.size  # one to one
+    if min(width, height) == SIDES[0] and max(width, height) <= SIDES[1]:
+        assert made.content == region.size  # the model's own size
     # As wide as the model likes, wherever the image has the pixels for it.
     if boxes and min(width, height) * SIDES[1] >= SIDES[0] * long:
         assert min(made.content) >= SIDES[0] or scale > 1
 
 
-def test_a_small_mask_gets_a_small_region() -> None:
-    made = frame((768, 768), [Box(300, 300, 310, 310)], SIDES, GRID)
-    assert made.region.size == made.content == made.size == (64, 64)
-    assert made.region.contains(Box(300, 300, 310, 310))
+@pytest.mark.parametrize(
+    ("image", "region"), [(64, 64), (72, 64), (80, 56), (96, 48), (97, 48), (768, 48)]
+)
+def test_a_small_mask_gets_a_small_region_magnified_as_the_image_is_larger(
+    image: int, region: int
+) -> None:
+    mask = Box(image // 2, image // 2, image // 2 + 5, image // 2 + 5)
+    made = frame((image, 768), [mask], SIDES, GRID)
+    assert made.region.size == (region, region)
+    assert made.content == made.size == (64, 64)
+    assert made.region.contains(mask)
+
+
+def test_a_region_of_the_smallest_side_is_not_magnified() -> None:
+    made = frame((768, 768), [Box(300, 300, 364, 372)], SIDES, GRID)
+    assert made.region.size == made.content == made.size == (64, 72)
+
+
+def test_a_long_region_gets_as_much_beside_it_as_lets_it_fill_the_model() -> None:
+    made = frame((768, 768), [Box(300, 300, 400, 320)], SIDES, GRID)
+    assert made.region.size == (104, 56)
+    assert made.size == (120, 64)
+    assert made.content == (119, 64)
 
 
 def test_a_long_thin_mask_in_a_large_photograph_gets_picture_beside_it() -> None:
