@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from diffedit.editor import Editor as Editor
     from diffedit.fields import ImageField as ImageField
     from diffedit.fields import MaskField as MaskField
+    from diffedit.fields import ModelField as ModelField
     from diffedit.hookspecs import hookimpl as hookimpl
     from diffedit.images import Picture as Picture
     from diffedit.inversion import Inversion as Inversion
@@ -65,6 +66,7 @@ _HOMES = {
     "Inversion": "inversion",
     "LatentModel": "models.protocol",
     "MaskField": "fields",
+    "ModelField": "fields",
     "ModelFamily": "models.protocol",
     "ModelInput": "models.protocol",
     "Pass": "workflow",
@@ -106,6 +108,7 @@ __all__ = [
     "LatentModel",
     "MaskField",
     "ModelFamily",
+    "ModelField",
     "ModelInput",
     "Pass",
     "Patch",

@@ -19,6 +19,7 @@ from diffedit.canvas import Canvas, Frame
 from diffedit.edit import Edit
 from diffedit.embeddings import Embeddings
 from diffedit.errors import Busy, DiffeditError, InputError
+from diffedit.fields import located
 from diffedit.handover import Handover, Setting
 from diffedit.images import ImageSource, Picture, open_picture
 from diffedit.memory import exhausted, let_go, told
@@ -217,7 +218,7 @@ class Editor:
 
     def _setting(self, setting: Setting, source: str | None) -> Setting:
         """The setting of a pass, which may be on another model; that is loaded once."""
-        if source is None or source == self.source:
+        if source is None or self._is(source):
             return setting
         families, own = self.plugins.families, self.model
         asked = self._loading.get("dtype")
@@ -231,6 +232,10 @@ class Editor:
             return self._resource(f"{key} for {source}", loader, of)  # it may fit that model alone
 
         return replace(setting, model=model, load=load)
+
+    def _is(self, source: str) -> bool:
+        """Whether it names this model, which a workflow file may name by another path."""
+        return located(source, None) == located(self.source, None)
 
     def _continued(self, past: Result, workflow: Workflow) -> Workflow:
         """What was run and what is to be, as one workflow that makes the same again."""
@@ -254,7 +259,7 @@ class Editor:
 
     def _workflow(self, what: object) -> Workflow:
         if isinstance(what, Workflow):
-            if what.model != self.source:
+            if not self._is(what.model):
                 log.warning(
                     "the workflow asks for the model %r and runs on %r", what.model, self.source
                 )

@@ -88,5 +88,5 @@ def _said(one: Any, owner: type[BaseModel] | None, place: Place, depth: int) -> 
     value = "empty" if one["input"] is None else reprlib.repr(one["input"])
     if known is None or inside:
         return f" is {value}, {one['msg'].removeprefix('Input ')}"
-    quotes = known.type == "text" and isinstance(one["input"], int | float)
+    quotes = known.type in ("text", "model") and isinstance(one["input"], int | float)
     return f" is {value}, should be {known.allowed}{' (put it in quotes)' if quotes else ''}"

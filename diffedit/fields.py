@@ -1,8 +1,9 @@
-"""Types for the image parameters of edits: values that compare, hash, serialise and show a form.
+"""Types for parameters that name files: they compare, hash, serialise and show a form.
 
-A handle is equal to another with the same decoded pixels, wherever they come from. It is written to
-JSON as a path when it was given as one, and otherwise as a lossless PNG: a file in a folder, or a
-data URI. Three keys of pydantic's ``context`` matter, all optional:
+A model is named by a text (`ModelField`), a picture by a handle. A handle is equal to another with
+the same decoded pixels, wherever they come from. It is written to JSON as a path when it was given
+as one, and otherwise as a lossless PNG: a file in a folder, or a data URI. Three keys of pydantic's
+``context`` matter, all optional:
 
 * ``base``: the folder that relative paths count from (default: the working directory);
 * ``files``: False refuses every path, for values from people who may not name files here;
@@ -19,11 +20,19 @@ import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import (
+    AfterValidator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    PlainSerializer,
+    SerializationInfo,
+    ValidationInfo,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
@@ -37,7 +46,7 @@ from diffedit.images import (
     save_picture,
 )
 
-__all__ = ["ImageField", "MaskField"]
+__all__ = ["ImageField", "MaskField", "ModelField"]
 
 _DATA_URI = re.compile(r"data:image/[\w.+-]+(;[\w=.+-]+)*?;base64,", re.IGNORECASE)
 
@@ -199,6 +208,48 @@ class MaskField(ImageField):
         """SHA-256 (hex) of the decoded mask values."""
         head = f"mask {self.mask.shape} ".encode()
         return hashlib.sha256(head + self.mask.astype("<f4").tobytes()).hexdigest()
+
+
+def located(name: str, base: str | os.PathLike[str] | None) -> str:
+    """A model's name; its absolute path if it names what lies in the folder ``base``.
+
+    A word alone may be the name of a model's own network, so that it only names a file, and a
+    folder is ``./word``.
+    """
+    try:
+        path = (Path(base or ".") / Path(name).expanduser()).absolute()
+        named = path.is_file() or (bool({"/", os.sep} & set(name)) and path.is_dir())
+    except (OSError, ValueError, RuntimeError):  # too long, NUL, no such home
+        return name
+    return str(path) if named else name
+
+
+def _located(name: str, info: ValidationInfo) -> str:
+    context = _context(info)
+    base = context.get("base")
+    # Whoever may not name files is not told which there are.
+    return name if base is None or context.get("files") is False else located(name, base)
+
+
+def _placed(name: str, info: SerializationInfo) -> str:
+    base = _context(info).get("base")
+    if base is None or not Path(name).is_absolute():
+        return name
+    said = _relative(Path(name), base)
+    return said if "/" in said or (Path(base) / said).is_file() else f"./{said}"
+
+
+ModelField = Annotated[
+    str,
+    Field(min_length=1, max_length=4096, json_schema_extra={"format": "model"}),
+    AfterValidator(_located),
+    PlainSerializer(_placed, return_type=str, when_used="json"),
+]
+"""What names a model or a part of one: a folder, a file, a hub id, or the name of a model's own.
+
+In a workflow file a relative path counts from the folder of the file, and, when nothing is there,
+from the working directory like everywhere else.
+"""
 
 
 def _restore(cls: type[ImageField], path: Path | None, picture: Picture | None) -> ImageField:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffedit.errors import WorkflowError
+from diffedit.fields import located
 from diffedit.named import registry
 from diffedit.parameters import parameters
 from diffedit.yaml import Marks, parse_scalar
@@ -24,8 +25,8 @@ def override(
 ) -> tuple[Any, Marks]:
     """Plain data with values replaced, and where each was written; what is given stays as it is.
 
-    Values are YAML scalars (``no`` is a word, ``7`` a number, ``null`` nothing) or JSON. Image
-    paths count from the working directory.
+    Values are YAML scalars (``no`` is a word, ``7`` a number, ``null`` nothing) or JSON. Paths
+    count from the working directory.
 
     Raises:
         WorkflowError: no such place; the message says what there is.
@@ -75,13 +76,18 @@ def _key(holder: Any, parts: Sequence[str], option: str, at: Place) -> str | int
 
 
 def _from_here(value: Any, at: Place, plugins: Plugins | None) -> Any:
-    """The value; where an edit has an image, with its path made absolute."""
+    """The value; where an image or a model is named, with its path made absolute."""
+    if not isinstance(value, str):
+        return value
     match at:
-        case ("passes", _, "edits", _, str(name), str(key)) if (
-            isinstance(value, str) and value[:5].lower() != "data:"
-        ):
+        case ("model",) | ("passes", _, "model"):
+            return located(value, None)
+        case ("passes", _, "edits", _, str(name), str(key)):
             cls = registry(plugins).edits.get(name)
             known = parameters(cls).get(key) if cls else None
-            if known and {"image", "mask"} & set(known.type.split(" or ")):
+            kinds = set(known.type.split(" or ")) if known else set()
+            if "model" in kinds:
+                return located(value, None)
+            if {"image", "mask"} & kinds and value[:5].lower() != "data:":
                 return str(Path(value).expanduser().absolute())
     return value

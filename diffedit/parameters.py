@@ -79,6 +79,7 @@ _WORDS = {
     "null": ("nothing", "empty"),
     "string": ("text", "text"),
     "image": ("image", "an image"),
+    "model": ("model", "text"),
     "mask": ("mask", "a mask (an image, white = change)"),
     "array": ("list", "a list"),
     "object": ("mapping", "a mapping"),

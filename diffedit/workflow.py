@@ -24,7 +24,7 @@ from pydantic import (
 from diffedit import yaml
 from diffedit.errors import OutputError, WorkflowError
 from diffedit.explain import explained
-from diffedit.fields import ImageField
+from diffedit.fields import ImageField, ModelField
 from diffedit.named import AnyEdit
 from diffedit.overrides import override
 
@@ -84,10 +84,8 @@ class Pass(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
         le=1,
         description="Share of noise that ddim or tcd draws at each step; empty: the usual one",
     )
-    model: str | None = Field(
+    model: ModelField | None = Field(
         None,
-        min_length=1,
-        max_length=4096,
         description="Another model for this pass, such as a refiner; empty: the workflow's",
     )
     stop: FiniteFloat = Field(
@@ -104,8 +102,8 @@ class Workflow(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings
     """An ordered list of passes with a model and a seed."""
 
     diffedit: Literal[1] = Field(1, description="Version of this format")
-    model: str = Field(
-        "tiny", min_length=1, description="The embedded model 'tiny', a folder, a file or a hub id"
+    model: ModelField = Field(
+        "tiny", description="The embedded model 'tiny', a folder, a file or a hub id"
     )
     seed: Seed | Annotated[tuple[Seed, ...], Field(min_length=1)] = Field(
         0, description="Seed of all random numbers; a list makes one picture for each"
@@ -130,11 +128,11 @@ class Workflow(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings
     def load(
         cls, path: PathLike, *, overrides: Sequence[str] = (), plugins: Plugins | None = None
     ) -> Self:
-        """Read a workflow file, YAML 1.2 or JSON. Its relative image paths count from its folder.
+        """Read a workflow file, YAML 1.2 or JSON. Its relative paths count from its folder.
 
         Args:
             overrides: ``place=value``, applied before anything is checked: `passes.0.steps=7`.
-                Their image paths count from the working directory.
+                Their paths count from the working directory.
             plugins: where edits are looked up; default: all that are installed.
 
         Raises:
@@ -182,7 +180,7 @@ class Workflow(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings
         """Make a workflow of plain data, as YAML and JSON hold it.
 
         Args:
-            base: the folder that relative image paths count from; default: the working directory.
+            base: the folder that relative paths count from; default: the working directory.
             where: what errors call the data.
             plugins: where edits are looked up; default: all that are installed.
             marks: where each part of the data was written, for errors.
@@ -207,7 +205,7 @@ class Workflow(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings
         """The workflow as YAML, without parameters that nobody set.
 
         Args:
-            base: image paths below this folder are written relative to it.
+            base: paths below this folder are written relative to it.
             store: a folder that takes pictures in memory; None: they become data URIs.
         """
         context = {"base": base, "store": store}

@@ -106,6 +106,23 @@ def test_numpy_integers_are_seeds(editor: Editor) -> None:
     assert (one.pixels == editor.run(PHOTO, pass_, seed=3).pixels).all()
 
 
+def test_a_model_is_the_same_by_every_path(
+    editor: Editor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "m").mkdir()  # nothing in it: loading it would fail
+    monkeypatch.chdir(tmp_path)
+    named = Editor(editor.model, source="./m")
+    flow = Workflow(model=str(tmp_path / "m"), passes=(Pass(steps=1, model=str(tmp_path / "m")),))
+    with caplog.at_level(logging.WARNING, "diffedit"):
+        named.run(None, flow)
+    assert "asks for the model" not in caplog.text
+    with pytest.raises(errors.ModelError):
+        named.run(None, flow.model_copy(update={"passes": (Pass(steps=1, model="./other"),)}))
+
+
 def test_result_says_what_made_it(editor: Editor, caplog: pytest.LogCaptureFixture) -> None:
     flow = Workflow(model="elsewhere", seed=5, passes=(Pass(prompt="x", steps=1),))
     with caplog.at_level(logging.WARNING, "diffedit"):

@@ -34,6 +34,7 @@ PUBLIC = {
     "Guidance",
     "ImageField",
     "MaskField",
+    "ModelField",
     "Pass",
     "Patch",
     "Result",

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import Field, model_validator
 
-from diffedit import Edit, ImageField, MaskField, Pass, Workflow, hookimpl, yaml
+from diffedit import Edit, ImageField, MaskField, ModelField, Pass, Workflow, hookimpl, yaml
 from diffedit import plugins as installed
 from diffedit.errors import (
     ImageError,
@@ -53,6 +53,7 @@ class Paint(Edit):
 
     mask: MaskField
     image: ImageField | None = None
+    brush: ModelField | None = None
     feather: int = Field(8, ge=0, le=64)
 
 
@@ -649,6 +650,67 @@ def test_overrides_come_before_checks_and_paths_from_here(tmp_path: Path, monkey
     assert workflow.passes[0].steps == 3
 
 
+def test_models_are_found_beside_the_file_and_written_so(tmp_path: Path, monkeypatch: Any) -> None:
+    flows, here = tmp_path / "flows", tmp_path / "here"
+    for folder in (flows / "own", flows / "soft" / "round", here / "mine" / "hard", here / "soft"):
+        folder.mkdir(parents=True)
+    for file in (flows / "soft" / "b.safetensors", flows / "a.gguf", here / "set.safetensors"):
+        file.touch()
+    monkeypatch.chdir(here)
+    said = {
+        "soft/b.safetensors": flows / "soft" / "b.safetensors",  # beside the file
+        "soft/round": flows / "soft" / "round",
+        "a.gguf": flows / "a.gguf",
+        "./own": flows / "own",
+        "own": "own",  # a word alone is a name
+        "mine/hard": "mine/hard",  # here, as where models are loaded
+        "owner/name": "owner/name",  # on the hub
+        str(here / "soft"): here / "soft",
+        "x" * 4096: "x" * 4096,  # no path at all
+    }
+    brushes = ", ".join(f"{{edits: [{{paint: {{mask: m.png, brush: '{one}'}}}}]}}" for one in said)
+    Image.fromarray(mask()).save(flows / "m.png")
+    text = f"{{model: soft/round, passes: [{{model: ./own}}, {brushes}]}}"
+    (flows / "w.yaml").write_text(text)
+    workflow = Workflow.load(flows / "w.yaml", plugins=LOCAL)
+    assert (workflow.model, workflow.passes[0].model) == (
+        str(flows / "soft" / "round"),
+        str(flows / "own"),
+    )
+    found = [str(one.edits[0].brush) for one in workflow.passes[1:]]  # type: ignore[attr-defined]
+    assert found == [str(one) for one in said.values()]
+
+    workflow.save(flows / "again.yaml")
+    again = yaml.parse((flows / "again.yaml").read_text(), "again")[0]
+    assert (again["model"], again["passes"][0]["model"]) == ("soft/round", "./own")
+    written = [one["edits"][0]["paint"]["brush"] for one in again["passes"][1:]]
+    assert written == list(said)
+    assert Workflow.load(flows / "again.yaml", plugins=LOCAL) == workflow
+    assert Workflow.from_yaml(text.replace("m.png", "../flows/m.png"), plugins=LOCAL).model == (
+        "soft/round"
+    )
+
+    sets = [
+        f"passes.{at}.edits.0.paint.brush={one}"
+        for at, one in enumerate(("set.safetensors", "soft/round", "mine/hard"), 1)
+    ]
+    sets += ["model=mine/hard", "passes.0.model=./soft"]
+    other = Workflow.load(flows / "w.yaml", overrides=sets, plugins=LOCAL)
+    assert (other.model, other.passes[0].model) == (str(here / "mine" / "hard"), str(here / "soft"))
+    assert [one.edits[0].brush for one in other.passes[1:4]] == [  # type: ignore[attr-defined]
+        str(here / "set.safetensors"),
+        str(flows / "soft" / "round"),
+        str(here / "mine" / "hard"),
+    ]
+
+
+def test_whoever_may_name_no_files_is_not_told_which_there_are(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").touch()
+    data = {"model": "a.gguf", "passes": [{}]}
+    assert Workflow.from_data(data, base=tmp_path, files=False).model == "a.gguf"
+    assert Workflow.from_data(data, base=tmp_path).model == str(tmp_path / "a.gguf")
+
+
 @given(TEXTS)
 def test_scalars_of_options(text: str) -> None:
     value = parse_scalar(text)
@@ -667,6 +729,7 @@ def test_parameters_say_what_a_form_needs() -> None:
     assert amount.help == "How dark the corners become"
     assert parameters(Paint)["mask"].type == "mask"
     assert parameters(Paint)["image"].type == "image"
+    assert parameters(Paint)["brush"].type == "model"
 
 
 def test_parameters_of_a_type_without_a_schema() -> None:

@@ -15,6 +15,7 @@ from diffedit import (
     Contribution,
     Edit,
     ImageField,
+    ModelField,
     Pixels,
     Preprocessor,
     Run,
@@ -35,12 +36,10 @@ class ControlNet(Windowed):
     version: ClassVar[str] = "1.0.0"
     needs: ClassVar[frozenset[str]] = frozenset({"control"})
 
-    model: str | None = Field(
+    model: ModelField | None = Field(
         None,
         description="Folder or hub id of the control network or T2I-Adapter; none: the loaded"
         " model's own",
-        max_length=4096,
-        json_schema_extra={"format": "model"},
     )
     kind: str = Field(
         "canny",
@@ -61,11 +60,10 @@ class ControlNet(Windowed):
     weight: float = Field(
         1.0, ge=0, le=4, description="How strongly it acts", json_schema_extra={"step": 0.05}
     )
-    weights: str | None = Field(
+    weights: ModelField | None = Field(
         None,
         description="Folder or hub id of the preprocessor's weights; none: its usual ones",
-        max_length=4096,
-        json_schema_extra={"advanced": True, "format": "model"},
+        json_schema_extra={"advanced": True},
     )
 
     def contribute(self, run: Run) -> Contribution:

@@ -11,7 +11,17 @@ from typing import ClassVar
 import torch
 from pydantic import ConfigDict, Field
 
-from diffedit import Contribution, Edit, ImageField, MaskField, Run, Windowed, errors, hookimpl
+from diffedit import (
+    Contribution,
+    Edit,
+    ImageField,
+    MaskField,
+    ModelField,
+    Run,
+    Windowed,
+    errors,
+    hookimpl,
+)
 
 
 class IPAdapter(Windowed):
@@ -23,11 +33,9 @@ class IPAdapter(Windowed):
     version: ClassVar[str] = "1.0.0"
     needs: ClassVar[frozenset[str]] = frozenset({"image_prompt"})
 
-    model: str = Field(
+    model: ModelField = Field(
         description="The adapter: a .safetensors file, a folder that holds one, or"
         " owner/name/file.safetensors on the hub",
-        max_length=4096,
-        json_schema_extra={"format": "model"},
     )
     image: ImageField = Field(description="The picture that the model is shown")
     weight: float = Field(
@@ -36,12 +44,11 @@ class IPAdapter(Windowed):
     mask: MaskField | None = Field(
         None, description="White where it acts; none: everywhere. Of the size of the result"
     )
-    encoder: str | None = Field(
+    encoder: ModelField | None = Field(
         None,
         description="Folder of the image encoder it was trained with, or owner/name/folder on the"
         " hub; none: image_encoder beside the file, or in models beside its folder",
-        max_length=4096,
-        json_schema_extra={"advanced": True, "format": "model"},
+        json_schema_extra={"advanced": True},
     )
 
     def contribute(self, run: Run) -> Contribution:

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from diffedit import Contribution, Edit, Patch, Run, hookimpl
+from diffedit import Contribution, Edit, ModelField, Patch, Run, hookimpl
 
 
 class LoRA(Edit):
@@ -19,11 +19,8 @@ class LoRA(Edit):
     version: ClassVar[str] = "1.1.0"
     needs: ClassVar[frozenset[str]] = frozenset({"lora"})
 
-    model: str = Field(
-        description="Folder, .safetensors file or hub id; or the name of one of the model's own",
-        min_length=1,
-        max_length=4096,
-        json_schema_extra={"format": "model"},
+    model: ModelField = Field(
+        description="Folder, .safetensors file or hub id; or the name of one of the model's own"
     )
     weight: float = Field(
         1.0,

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from pydantic import ConfigDict, Field
 
-from diffedit import Contribution, Edit, Pass, Patch, Run, hookimpl
+from diffedit import Contribution, Edit, ModelField, Pass, Patch, Run, hookimpl
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +25,7 @@ class TextualInversion(Edit):
     version: ClassVar[str] = "1.0.0"
     needs: ClassVar[frozenset[str]] = frozenset({"textual_inversion"})
 
-    model: str = Field(
-        description="Folder, .safetensors file or hub id of the word",
-        min_length=1,
-        max_length=4096,
-        json_schema_extra={"format": "model"},
-    )
+    model: ModelField = Field(description="Folder, .safetensors file or hub id of the word")
     token: str | None = Field(
         None,
         description="How prompts say it; none: as the file has it, or else as the file is called",
