@@ -1,7 +1,7 @@
 """The picture being edited: its pixels, the region being worked on, and the map between the two.
 
 Full-image coordinates count pixels from the top left. Working coordinates belong to the region:
-cropped, scaled by `Canvas.scale`, and padded on the right and at the bottom to the model's grid.
+cropped, scaled, and padded on the right and at the bottom to the model's grid.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ZOOM = 1.5
 """How far a region is magnified at most.
 
 What a mask covers is then drawn with more latent cells. In `bench/quality`, masks of 115 of 384
-pixels near a corner got what was asked in 0.88 of chains instead of 0.70.
+pixels got what was asked in 0.88 of chains instead of 0.70 (the embedded model, 40 chains).
 """
 
 
@@ -73,7 +73,8 @@ def frame(
         box = Box.union(wanted).clip(whole)
         zoom = min(max(1.0, min(image) / sides[0]), ZOOM)
         # What is too long to be scaled so far gets so much beside it that it is wide enough.
-        least = math.ceil(sides[0] * max(1 / zoom, max(box.size) / sides[1]))
+        long = -(-max(box.size) // grid) * grid
+        least = math.ceil(sides[0] * max(1 / zoom, long / sides[1]))
         left, right = _grow(box.left, box.right, width, least, grid)
         top, bottom = _grow(box.top, box.bottom, height, least, grid)
         region = Box(left, top, right, bottom)
@@ -232,7 +233,7 @@ class Canvas:
         width, height = self.frame.content
         freed = (self.mask_to_latent(mask, grid) > 0).to(alpha.dtype)
         freed = F.interpolate(freed, scale_factor=grid)[..., :height, :width]
-        freed = F.interpolate(freed, self.region_pixels.shape[-2:])
+        freed = F.adaptive_max_pool2d(freed, self.region_pixels.shape[-2:])
         made = torch.maximum(freed, self._crop(alpha))
         return tone.matched(pixels.float(), self.region_pixels, made)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -77,9 +78,7 @@ class Edit(BaseModel):
     @property
     def digest(self) -> str:
         """SHA-256 of what decides the outcome: name, version and parameters, images by pixels."""
-        said = {key: _stable(value) for key, value in self if key not in ("id", "after")}
-        text = json.dumps([self.name, self.version, said], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return _digest(self)
 
 
 class Windowed(Edit):
@@ -125,12 +124,28 @@ def _stable(value: object) -> object:
     return value if isinstance(value, str | int | float | bool | None) else repr(value)
 
 
+def _digest(edit: Edit, without: Sequence[str] = ()) -> str:
+    left_out = ("id", "after", *without)
+    said = {key: _stable(value) for key, value in edit if key not in left_out}
+    text = json.dumps([edit.name, edit.version, said], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _rank(edit: Edit) -> tuple[str, list[str], str]:
+    """What two edits of a name are ordered by: paths from their ends, and last where they lie."""
+    values = sorted((key, value) for key, value in edit if isinstance(value, str))
+    paths = {key: PurePath(value) for key, value in values if PurePath(value).is_absolute()}
+    ends = ["/".join(reversed(path.parts)) for path in paths.values()]
+    return _digest(edit, tuple(paths)), ends, edit.digest
+
+
 def canonical(edits: Iterable[Edit]) -> list[Edit]:
     """The order in which the edits of a pass act: by stage, name and digest, `after` obeyed.
 
-    Sums of floats depend on their order, so the order must not depend on how a user lists them.
+    Sums of floats depend on their order, so the order must not depend on how a user lists them, nor
+    on where the folder lies that has the files they name.
     """
-    ranked = sorted(edits, key=lambda e: (_STAGES[e.stage], e.name, e.digest, e.id or ""))
+    ranked = sorted(edits, key=lambda e: (_STAGES[e.stage], e.name, *_rank(e), e.id or ""))
     ids = [edit.id for edit in ranked if edit.id is not None]
     for twice in {i for i in ids if ids.count(i) > 1}:
         raise ParameterError(f"two edits of one pass have the id {twice!r}")

@@ -19,7 +19,7 @@ from diffedit.canvas import Canvas, Frame
 from diffedit.edit import Edit
 from diffedit.embeddings import Embeddings
 from diffedit.errors import Busy, DiffeditError, InputError
-from diffedit.fields import located
+from diffedit.fields import same_model
 from diffedit.handover import Handover, Setting
 from diffedit.images import ImageSource, Picture, open_picture
 from diffedit.memory import exhausted, let_go, told
@@ -218,7 +218,7 @@ class Editor:
 
     def _setting(self, setting: Setting, source: str | None) -> Setting:
         """The setting of a pass, which may be on another model; that is loaded once."""
-        if source is None or self._is(source):
+        if source is None or same_model(source, self.source):
             return setting
         families, own = self.plugins.families, self.model
         asked = self._loading.get("dtype")
@@ -233,10 +233,6 @@ class Editor:
 
         return replace(setting, model=model, load=load)
 
-    def _is(self, source: str) -> bool:
-        """Whether it names this model, which a workflow file may name by another path."""
-        return located(source, None) == located(self.source, None)
-
     def _continued(self, past: Result, workflow: Workflow) -> Workflow:
         """What was run and what is to be, as one workflow that makes the same again."""
         before = past.workflow
@@ -244,7 +240,8 @@ class Editor:
             one if one.model else one.model_copy(update={"model": workflow.model})
             for one in workflow.passes
         ]
-        passes = list(workflow.passes) if before.model == workflow.model else passes
+        same = same_model(before.model, workflow.model)
+        passes = list(workflow.passes) if same else passes
         return before.model_copy(update={"passes": (*before.passes, *passes)})
 
     def _unfinished(self, result: Result) -> Handover:
@@ -259,7 +256,7 @@ class Editor:
 
     def _workflow(self, what: object) -> Workflow:
         if isinstance(what, Workflow):
-            if not self._is(what.model):
+            if not same_model(what.model, self.source):
                 log.warning(
                     "the workflow asks for the model %r and runs on %r", what.model, self.source
                 )

@@ -213,15 +213,26 @@ class MaskField(ImageField):
 def located(name: str, base: str | os.PathLike[str] | None) -> str:
     """A model's name; its absolute path if it names what lies in the folder ``base``.
 
-    A word alone may be the name of a model's own network, so that it only names a file, and a
-    folder is ``./word``.
+    A word alone may be the name of a model or of a model's own network: a folder is ``./word``, and
+    a file ``word.safetensors``.
     """
+    said = Path(name)
+    if len(said.parts) < 2 and not {"/", os.sep} & set(name) and not said.suffix:
+        return name
     try:
-        path = (Path(base or ".") / Path(name).expanduser()).absolute()
-        named = path.is_file() or (bool({"/", os.sep} & set(name)) and path.is_dir())
+        path = (Path(base or ".") / said.expanduser()).absolute()
+        there = path.exists() and (path.is_file() or name != said.name)
+        return str(path.resolve() if ".." in path.parts else path) if there else name
     except (OSError, ValueError, RuntimeError):  # too long, NUL, no such home
         return name
-    return str(path) if named else name
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two names are of the same model, which files may name by several paths."""
+    try:
+        return one == other or Path(one).expanduser().samefile(Path(other).expanduser())
+    except (OSError, ValueError, RuntimeError):
+        return False
 
 
 def _located(name: str, info: ValidationInfo) -> str:
@@ -233,10 +244,14 @@ def _located(name: str, info: ValidationInfo) -> str:
 
 def _placed(name: str, info: SerializationInfo) -> str:
     base = _context(info).get("base")
-    if base is None or not Path(name).is_absolute():
+    if base is None:
         return name
-    said = _relative(Path(name), base)
-    return said if "/" in said or (Path(base) / said).is_file() else f"./{said}"
+    # Where it is read, another one may lie at the same relative path.
+    path = located(name, None)
+    if not Path(path).is_absolute():
+        return name
+    said = _relative(Path(path), base)
+    return said if Path(said).is_absolute() else f"./{said}"  # which no hub id begins with
 
 
 ModelField = Annotated[

@@ -115,9 +115,11 @@ def test_a_model_is_the_same_by_every_path(
     (tmp_path / "m").mkdir()  # nothing in it: loading it would fail
     monkeypatch.chdir(tmp_path)
     named = Editor(editor.model, source="./m")
-    flow = Workflow(model=str(tmp_path / "m"), passes=(Pass(steps=1, model=str(tmp_path / "m")),))
+    (tmp_path / "link").symlink_to(tmp_path / "m")
     with caplog.at_level(logging.WARNING, "diffedit"):
-        named.run(None, flow)
+        for name in (str(tmp_path / "m"), "m", "./link", "../" + tmp_path.name + "/m"):
+            flow = Workflow(model=name, passes=(Pass(steps=1, model=name),))
+            named.run(None, flow)
     assert "asks for the model" not in caplog.text
     with pytest.raises(errors.ModelError):
         named.run(None, flow.model_copy(update={"passes": (Pass(steps=1, model="./other"),)}))

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 
 from diffedit import Edit, ImageField, MaskField, ModelField, Pass, Workflow, hookimpl, yaml
 from diffedit import plugins as installed
+from diffedit.edit import canonical
 from diffedit.errors import (
     ImageError,
     InputError,
@@ -656,6 +657,7 @@ def test_models_are_found_beside_the_file_and_written_so(tmp_path: Path, monkeyp
         folder.mkdir(parents=True)
     for file in (flows / "soft" / "b.safetensors", flows / "a.gguf", here / "set.safetensors"):
         file.touch()
+    (flows / "tiny").touch()
     monkeypatch.chdir(here)
     said = {
         "soft/b.safetensors": flows / "soft" / "b.safetensors",  # beside the file
@@ -663,6 +665,8 @@ def test_models_are_found_beside_the_file_and_written_so(tmp_path: Path, monkeyp
         "a.gguf": flows / "a.gguf",
         "./own": flows / "own",
         "own": "own",  # a word alone is a name
+        "tiny": "tiny",
+        "../here/mine": here / "mine",
         "mine/hard": "mine/hard",  # here, as where models are loaded
         "owner/name": "owner/name",  # on the hub
         str(here / "soft"): here / "soft",
@@ -682,10 +686,16 @@ def test_models_are_found_beside_the_file_and_written_so(tmp_path: Path, monkeyp
 
     workflow.save(flows / "again.yaml")
     again = yaml.parse((flows / "again.yaml").read_text(), "again")[0]
-    assert (again["model"], again["passes"][0]["model"]) == ("soft/round", "./own")
+    assert (again["model"], again["passes"][0]["model"]) == ("./soft/round", "./own")
     written = [one["edits"][0]["paint"]["brush"] for one in again["passes"][1:]]
-    assert written == list(said)
-    assert Workflow.load(flows / "again.yaml", plugins=LOCAL) == workflow
+    assert written[:4] == ["./soft/b.safetensors", "./soft/round", "./a.gguf", "./own"]
+    assert written[4:7] == ["own", "tiny", str(here / "mine")]
+    # Where this is read, another one may lie at the same place.
+    assert written[7] == str(here / "mine" / "hard")
+    assert written[8:] == list(said)[8:]
+    (flows / "mine" / "hard").mkdir(parents=True)
+    edit = cast(Any, Workflow.load(flows / "again.yaml", plugins=LOCAL).passes[8].edits[0])
+    assert edit.brush == str(here / "mine" / "hard")
     assert Workflow.from_yaml(text.replace("m.png", "../flows/m.png"), plugins=LOCAL).model == (
         "soft/round"
     )
@@ -702,6 +712,23 @@ def test_models_are_found_beside_the_file_and_written_so(tmp_path: Path, monkeyp
         str(flows / "soft" / "round"),
         str(here / "mine" / "hard"),
     ]
+
+
+def test_the_order_of_edits_does_not_depend_on_where_their_folder_lies(tmp_path: Path) -> None:
+    edits = [{"paint": {"mask": "m.png", "brush": f"./{one}/b"}} for one in ("ink", "oil", "wax")]
+    orders = []
+    for number in range(8):
+        folder = tmp_path / f"{number * 7}"
+        for one in ("ink", "oil", "wax"):
+            (folder / one / "b").mkdir(parents=True)
+        Image.fromarray(mask()).save(folder / "m.png")
+        made = Workflow.from_data({"passes": [{"edits": edits}]}, base=folder, plugins=LOCAL)
+        acting = [cast(Any, edit).brush for edit in canonical(made.passes[0].edits)]
+        orders.append([str(Path(one).relative_to(folder)) for one in acting])
+    assert orders == orders[:1] * 8
+    ink, oil = (Paint(mask=mask(), brush=f"/{name}/b") for name in ("ink", "oil"))
+    assert canonical([ink, oil]) == canonical([oil, ink])
+    assert ink.digest != oil.digest
 
 
 def test_whoever_may_name_no_files_is_not_told_which_there_are(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def edit(
     multiple=True,
     metavar="PLACE=VALUE",
     help="Replace a value of the workflow: 'passes.0.prompt=a red circle', 'seed=7',"
-    " 'passes.0.edits.1.inpaint.feather=4'. VALUE is a YAML scalar or JSON; image paths count from"
+    " 'passes.0.edits.1.inpaint.feather=4'. VALUE is a YAML scalar or JSON; paths count from"
     " the working directory. May be repeated.",
 )
 @shared_options
@@ -163,7 +163,7 @@ def run(
 ) -> None:
     """Run the passes of WORKFLOW (YAML) on IMAGE and write OUT.
 
-    Image paths in WORKFLOW count from its folder. Without IMAGE, a picture is made from nothing, of
+    Paths in WORKFLOW count from its folder. Without IMAGE, a picture is made from nothing, of
     the workflow's size.
     """
     from diffedit.workflow import Workflow

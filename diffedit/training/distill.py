@@ -201,10 +201,29 @@ class GuidanceTask(DistillTask):
 
     Meng et al. 2023 (arXiv:2210.03142, section 3.1, the first of their two stages). Trajectories
     stay those of the teacher, so any sampler of the model takes the result, in any number of steps;
-    few are enough for one of high order.
+    few are enough for one of high order. A small LoRA cannot follow the teacher everywhere, so that
+    half of the examples are at the times which those few steps visit.
     """
 
     sampler: ClassVar[str] = "unipc"
+
+    def __init__(self, training: DistillTraining, device: torch.device) -> None:
+        super().__init__(training, device)
+        scheduler = self.scheduler()
+        scheduler.set_timesteps(training.few)
+        times: Tensor = scheduler.timesteps
+        flow = self.kind == "flow_prediction"
+        self.visited = times.double() / self.process.steps if flow else times
+
+    def batch(self, step: int, generator: torch.Generator) -> Rows:
+        """As for every training, with half of the rows at the times that are visited."""
+        rows = super().batch(step, generator)
+        time = rows["time"].clone()
+        # Any half: times may be drawn in ascending order.
+        moved = torch.randperm(len(time), generator=generator)[: len(time) // 2]
+        chosen = torch.randint(len(self.visited), (len(moved),), generator=generator)
+        time[moved] = self.visited[chosen].to(time)
+        return {**rows, "time": time}
 
     def errors(self, rows: Rows) -> Tensor:
         """The squared error of the student's prediction, (n,)."""

@@ -280,6 +280,29 @@ def test_the_students_error_is_its_distance_from_the_guided_teacher(
         assert float(alone.errors(rows).max()) < 1e-10
 
 
+def test_half_of_the_examples_are_at_the_times_that_few_steps_visit(
+    tmp_path: Path, small_model: Path
+) -> None:
+    task = _guidance(tmp_path, small_model, few=3, batch=24)
+    assert task.visited.tolist() == [999, 666, 332]
+    times = task.batch(0, torch.Generator().manual_seed(0))["time"]
+    visited = torch.isin(times, task.visited)
+    assert int(visited.sum()) >= 12
+    assert set(times[visited].tolist()) == {999, 666, 332}
+    others = torch.cat(
+        [
+            task.batch(step, torch.Generator().manual_seed(step))["time"]
+            for step in range(10)  # and the other half from everywhere
+        ]
+    )
+    others = others[~torch.isin(others, task.visited)]
+    assert len(others) > 100
+    assert (others < 250).float().mean() == pytest.approx(0.25, abs=0.08)
+    assert (others > 750).float().mean() == pytest.approx(0.25, abs=0.08)
+    again = task.batch(0, torch.Generator().manual_seed(0))["time"]
+    assert torch.equal(times, again)
+
+
 class _Worded(torch.nn.Module):
     """What is asked for is N(mean word, std²) for a word w in {-1, 0, 1}; x_0 is linear in both.
 
@@ -362,6 +385,10 @@ def test_guidance_is_distilled_from_flows_too(tmp_path: Path, small_model: Path)
     _stir(task)
     rows = task.batch(0, torch.Generator().manual_seed(0))
     assert bool(torch.isfinite(task.errors(rows)).all())
+    scheduler = task.scheduler()
+    scheduler.set_timesteps(4)
+    assert torch.allclose(task.process.timestep(task.visited).float(), scheduler.timesteps.float())
+    assert int(torch.isin(rows["time"], task.visited.to(rows["time"])).sum()) == 2
     task.export(tmp_path / "model")
     fused = StableDiffusionPipeline.from_pretrained(tmp_path / "model/fused")
     assert type(fused.scheduler) is UniPCMultistepScheduler
