@@ -184,7 +184,8 @@ class Workflow(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings
             where: what errors call the data.
             plugins: where edits are looked up; default: all that are installed.
             marks: where each part of the data was written, for errors.
-            files: whether it may name files; if not, pictures stand in it as data URIs.
+            files: whether its pictures may be files; if not, they stand in it as data URIs. Models
+                are named either way: who reads workflows of strangers checks these.
 
         Raises:
             InputError: not a workflow; one line says what, where and what would be right.

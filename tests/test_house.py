@@ -416,3 +416,11 @@ def test_no_pickle_in_git() -> None:
         for p in tracked()
         if p.suffix in {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
     ] == []
+
+
+def test_every_edit_stands_in_the_docs_with_what_it_needs() -> None:
+    page = (ROOT / "docs" / "edits.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \|$", page, re.MULTILINE)
+    told = {name: set(re.findall(r"`(\w+)`", needs)) for name, needs in rows}
+    known = {name: set(cls.needs) for name, cls in diffedit.edits().items()}
+    assert told == known

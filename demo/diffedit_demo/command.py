@@ -42,7 +42,8 @@ from diffedit.errors import InputError
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16", "float8"]),
-    help="Precision; float8 saves memory only. [default: float32 on the CPU, else float16]",
+    help="Precision; float8 saves memory only. [default: float32 on the CPU, else the 16-bit type"
+    " that the model's family was trained in]",
 )
 @click.option(
     "--max-memory",

@@ -356,7 +356,8 @@ def masks_of(workflow: Workflow) -> list[npt.NDArray[np.float32]]:
 def visitors_workflow(text: str, where: str, plugins: Plugins | None = None) -> Workflow:
     """A workflow that a visitor sent as text.
 
-    It may name no file of this machine: pictures stand in it as data, as this page writes them.
+    It may name no picture of this machine: they stand in it as data, as this page writes them. The
+    models that it names are checked where it is run.
 
     Raises:
         InputError: it is none, is too long to be read here, or names files.

@@ -44,12 +44,17 @@ def shared_options(command: Command) -> Command:
                 type=click.Choice(["float32", "bfloat16", "float16", "float8"]),
                 help="Precision; the lower ones are faster where the device computes in them, and"
                 " change the picture a little; float8 saves memory only. [default: float32 on the"
-                " CPU, else float16]",
+                " CPU, else the 16-bit type that the model's family was trained in]",
             ),
             click.option(
                 "--variant",
                 help="Which weights of a model that has several, such as fp16. [default: those"
                 " without a name]",
+            ),
+            click.option(
+                "--config",
+                help="For a single file: the folder or hub id of a model that has what the file"
+                " lacks.",
             ),
             click.option(
                 "--vae",
@@ -102,10 +107,6 @@ def shared_options(command: Command) -> Command:
     "--seed", multiple=True, help="Seed; repeat it for several pictures at once. [default: 0]"
 )
 @click.option("--model", help="'tiny', a folder, a .safetensors file or a hub id. [default: tiny]")
-@click.option(
-    "--config",
-    help="For a single file: the folder or hub id of a model that has what the file lacks.",
-)
 @click.option("--size", metavar="WxH", help="Size of a picture made from nothing (without IMAGE).")
 @shared_options
 def edit(
@@ -160,6 +161,7 @@ def run(
     variant: str | None,
     vae: str | None,
     max_memory: str | None,
+    config: str | None,
 ) -> None:
     """Run the passes of WORKFLOW (YAML) on IMAGE and write OUT.
 
@@ -170,7 +172,7 @@ def run(
 
     loaded = Workflow.load(workflow, overrides=overrides)
     loading = {"device": device, "dtype": dtype, "variant": variant, "vae": vae}
-    loading["max_memory"] = max_memory
+    loading |= {"max_memory": max_memory, "config": config}
     _do(loaded, image, output, overwrite, as_json, loading, inputs=[workflow])
 
 

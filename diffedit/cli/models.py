@@ -57,7 +57,8 @@ def list_(as_json: bool) -> None:
         ],
     )
     click.echo(
-        "\nOf these families, --model takes a diffusers folder, .safetensors file or hub id."
+        "\nOf these families, --model takes a diffusers folder or hub id; of Stable Diffusion"
+        " (1, 2, XL, 3), Flux and Chroma a single file, too."
     )
 
 

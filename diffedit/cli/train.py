@@ -41,10 +41,11 @@ def _show_schema(context: click.Context, _: click.Parameter, value: bool) -> Non
 @click.option("--dry-run", is_flag=True, help="Check everything and say what it needs, then stop.")
 @verbose_option
 def train(config: Path, resume: bool, max_minutes: float | None, dry_run: bool) -> None:
-    """Train as CONFIG (a YAML file) says: an autoencoder, denoiser, ControlNet, LoRA, new words.
+    """Train as CONFIG (a YAML file) says: denoiser, autoencoder, ControlNet, LoRA, word, few steps.
 
     Checkpoints, curves and sample grids go to the file's 'out' folder while it runs, the result to
-    the folder 'model' in it. Ctrl-C or SIGTERM keep the last checkpoint.
+    the folder 'model' in it. SIGTERM writes a
+    checkpoint and stops (exit code 3); Ctrl-C stops at once, with the last checkpoint kept.
     """
     from diffedit.training import config as files
     from diffedit.training.stages import run

@@ -136,7 +136,7 @@ def _family(
 def configuration(
     source: str, revision: str | None = None, config: str | None = None
 ) -> Mapping[str, Any]:
-    """What decides the family: a model_index.json, or the keys of a single file.
+    """What decides the family: a model_index.json, or the ``_class_name`` of a single file.
 
     Args:
         config: of a single file; see `load`.

@@ -398,10 +398,15 @@ class ModelFamily(Protocol):
     name: str
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
-        """Whether `config` (a model_index.json, or the keys of a single file) is this family's."""
+        """Whether `config` is this family's: a model_index.json, or a file's ``_class_name``."""
 
     def load(self, source: str, **options: Any) -> LatentModel:
-        """Load the model. Raises `ModelError` in one clear line."""
+        """Load the model. Raises `ModelError` in one clear line.
+
+        Args:
+            options: ``device``, ``dtype``, ``revision`` and ``variant``; where they are asked for
+                ``config``, ``storage``, ``room`` and ``vae``.
+        """
 
 
 __all__ = [

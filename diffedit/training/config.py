@@ -225,6 +225,12 @@ class ControlNetTraining(Training):
     start: LocalPath | None = Field(
         None, description="Folder of a ControlNet to go on from; none: a new one"
     )
+    strength: float = Field(
+        1.0,
+        gt=0,
+        le=4,
+        description="How strongly the result acts where it is asked for at a weight of 1",
+    )
     objective: Objective = Objective()
 
 

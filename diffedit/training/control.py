@@ -192,7 +192,7 @@ class ControlNetTask(UNetTask[ControlNetTraining]):
 
     def export(self, folder: Path) -> None:
         """An ordinary ControlNet folder in fp16 safetensors, see :func:`export_controlnet`."""
-        export_controlnet(folder, self.net, *self.training.kind)
+        export_controlnet(folder, self.net, *self.training.kind, strength=self.training.strength)
 
 
 def shown(hints: Tensor) -> Tensor:
@@ -233,14 +233,25 @@ def controlled(
     return made
 
 
-def export_controlnet(folder: Path, net: ControlNetModel, *kinds: str) -> None:
+def export_controlnet(
+    folder: Path, net: ControlNetModel, *kinds: str, strength: float = 1.0
+) -> None:
     """Write ``net`` as a diffusers folder; ``diffedit.json`` in it says for which kinds of hints.
 
     In a model's folder, as ``controlnet/<kind>``, it is the model's own for that kind, and for the
     others that the file names. ``folder`` is replaced as a whole and is never seen half written.
-    ``net`` stays in its precision.
+    ``net`` stays as it is, and in its precision.
+
+    Args:
+        strength: what the written network adds to the UNet's is that many times what ``net`` adds:
+            its last convolutions, those that start at zero, are multiplied by it.
     """
-    half = copy.deepcopy(net).to("cpu", torch.float16).eval()
+    made_of = copy.deepcopy(net).to("cpu")
+    with torch.no_grad():
+        for joint in (*made_of.controlnet_down_blocks, made_of.controlnet_mid_block):
+            for weight in joint.parameters():
+                weight.mul_(strength)
+    half = made_of.to(torch.float16).eval()
     with whole_folder(folder) as made:
         half.save_pretrained(made, safe_serialization=True, max_shard_size=SHARD)
         # Where the weights came from is a folder of the machine that made them.

@@ -386,15 +386,23 @@ def _load(task: Task, ema: Ema, checkpoint: Path, training: Training) -> Report:
             f"{checkpoint} is of another training ({'; '.join(differing)}): put it back, or name"
             " another 'out'"
         )
-    for name, module in task.modules.items():
-        module.load_state_dict(state["modules"][name])
-        for key, value in state["ema"][name].items():
-            ema.shadow[name][key].copy_(value)
-    for opt, saved in zip(task.optimizers, state["optimizers"], strict=True):
-        rates = [group["lr"] for group in opt.param_groups]
-        opt.load_state_dict(saved)
+    rates = [[group["lr"] for group in opt.param_groups] for opt in task.optimizers]
+    try:
+        for name, module in task.modules.items():
+            module.load_state_dict(state["modules"][name])
+            for key, value in state["ema"][name].items():
+                ema.shadow[name][key].copy_(value)
+        for opt, saved in zip(task.optimizers, state["optimizers"], strict=True):
+            opt.load_state_dict(saved)
+    except (RuntimeError, KeyError, ValueError):
+        # With the same settings: the model or the data that they name has become another one.
+        raise InputError(
+            f"{checkpoint} has weights of other shapes: the model or the words of the data are no"
+            " longer those it was begun with; bring them back, or name another 'out'"
+        ) from None
+    for opt, own in zip(task.optimizers, rates, strict=True):
         # The checkpoint has the rates of its step, warmed up or decayed.
-        for group, rate in zip(opt.param_groups, rates, strict=True):
+        for group, rate in zip(opt.param_groups, own, strict=True):
             group["lr"] = rate
     return Report(list(state["losses"]), list(state["figures"]), state["seconds"])
 

@@ -37,7 +37,8 @@ def load(source: str, device: torch.device) -> Parts:
     options = {"device": device, "dtype": torch.float32, "revision": None, "variant": None}
     pipeline = components(StableDiffusionPipeline, where, **options)
     unet = pipeline.unet
-    if unet is None or unet.config.in_channels != pipeline.vae.config.latent_channels:
+    other = unet is None or unet.config.in_channels != pipeline.vae.config.latent_channels
+    if other or unet.config.addition_embed_type is not None:  # XL's wants more than a text
         raise ModelError(f"{source}: training takes text-to-image models of Stable Diffusion 1, 2")
     for module in (pipeline.vae, pipeline.text_encoder, unet):
         module.requires_grad_(False).eval().to(device)

@@ -26,6 +26,7 @@ from diffedit.training.control import (
     ControlNetTask,
     blank,
     controlled,
+    export_controlnet,
     new_controlnet,
     overfit,
     sampled,
@@ -308,6 +309,18 @@ def test_the_result_is_found_by_diffusers_and_by_edits(model: Path, tmp_path: Pa
         mine = controlled(task.parts.unet, task.net, **given)
         theirs = controlled(task.parts.unet, plain, **given)
     assert torch.allclose(mine, theirs, atol=0.02 * float(mine.abs().max()))
+
+    export_controlnet(tmp_path / "strong", task.net, "canny", strength=1.5)
+    strong = ControlNetModel.from_pretrained(tmp_path / "strong")
+    with torch.no_grad():
+        assert torch.equal(controlled(task.parts.unet, task.net, **given), mine)  # as it was
+        asked = [given[key] for key in ("x_t", "timestep", "words", "hints")]
+        weak, more = (
+            net(*asked, conditioning_scale=scale, return_dict=False)
+            for net, scale in ((plain, 1.5), (strong, 1.0))
+        )
+    for one, other in zip((*weak[0], weak[1]), (*more[0], more[1]), strict=True):
+        assert torch.allclose(one, other, rtol=0.01, atol=1e-3 * float(one.abs().max()))
 
     options = {"device": CPU, "dtype": torch.float32, "revision": None, "variant": None}
     editor = Editor(Family().load(str(home), **options))

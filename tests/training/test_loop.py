@@ -59,6 +59,18 @@ class LineTask:
         folder.mkdir()
 
 
+class Asked(LineTask):
+    """Remembers which batches it was asked for."""
+
+    def __init__(self, training: config.Training) -> None:
+        super().__init__(training)
+        self.asked: list[int] = []
+
+    def batch(self, step: int, generator: torch.Generator) -> Rows:
+        self.asked.append(step)
+        return super().batch(step, generator)
+
+
 def training(out: Path, **changes: Any) -> config.Training:
     values: dict[str, Any] = {
         "train": "denoiser",
@@ -100,9 +112,10 @@ def test_a_run_stopped_by_sigterm_goes_on_as_if_it_had_not_been(tmp_path: Path) 
     first.kill_at = 4
     stopped = run(how, first)
     assert (stopped.step, stopped.finished) == (5, False)
-    second = LineTask(how)
+    second = Asked(how)
     resumed = run(how, second, resume=True)
     assert resumed.finished
+    assert second.asked == list(range(5, 12))
     assert resumed.losses == whole.losses
     assert torch.equal(weights(second), weights(whole_task))
     lines = (how.out / "log.jsonl").read_text().splitlines()
@@ -137,7 +150,13 @@ def test_a_run_killed_outright_goes_on_with_the_same_curve(tmp_path: Path) -> No
         time.sleep(0.01)
     process.kill()
     process.wait()
-    resumed = run(training(how.out, steps=30, save_minutes=0.0005), resume=True)
+    kept = torch.load(how.out / "checkpoint.pt", weights_only=True)
+    done = len(kept["losses"])
+    assert 0 < done < 30
+    again = training(how.out, steps=30, save_minutes=0.0005)
+    task = Asked(again)
+    resumed = run(again, task, resume=True)
+    assert task.asked == list(range(done, 30))  # and nothing from its beginning
     whole = run(training(tmp_path / "whole", steps=30))
     assert len(resumed.losses) == 30
     np.testing.assert_allclose(resumed.losses, whole.losses, rtol=0, atol=1e-6)
@@ -248,6 +267,17 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
         run(training(tmp_path / "out"))
     # Longer, and looked at more often: that is the same training.
     assert run(training(tmp_path / "out", steps=5, validate_every=1), resume=True).step == 5
+
+
+def test_a_checkpoint_of_a_model_that_has_changed_is_refused(tmp_path: Path) -> None:
+    how = training(tmp_path / "out", steps=3)
+    run(how)
+    other = LineTask(longer := training(tmp_path / "out", steps=5))
+    other.net = other.modules["net"] = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))  # type: ignore[index]
+    other.optimizers = optimizers([other.net], longer.optimiser)
+    with pytest.raises(InputError, match="weights of other shapes: the model or the words"):
+        run(longer, other, resume=True)
+    assert run(longer, resume=True).step == 5
 
 
 def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:
