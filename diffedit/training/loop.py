@@ -275,7 +275,7 @@ class _Loop:
     def gradients(self, rows: Rows, total: int) -> Tensor:
         """Add the gradients of some rows, their share of ``total``; the rows' share of the loss."""
         on_cpu = self.machine.device.type == "cpu"
-        parts = _dealt(rows, max(cores(), -(-_count(rows) // _PIECE)) if on_cpu else 1)
+        parts = _dealt(rows, part_count(_count(rows)) if on_cpu else 1)
         if len(parts) == 1:
             loss = self.share(parts[0], total)
             (self.machine.scaler.scale(loss) if self.machine.scaler else loss).backward()
@@ -347,6 +347,11 @@ def _norm(params: Sequence[nn.Parameter]) -> Tensor:
 
 def _clip(params: Sequence[nn.Parameter], most: float, norm: Tensor) -> None:
     nn.utils.clip_grads_with_norm_(params, most, norm)
+
+
+def part_count(rows: int) -> int:
+    """Into how many parts so many rows are dealt on a CPU, for one core each."""
+    return min(rows, max(cores(), -(-rows // _PIECE)))
 
 
 def _count(rows: Rows) -> int:

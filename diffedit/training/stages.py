@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from itertools import chain
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
 
 from diffedit.errors import InputError
 from diffedit.training import config
 from diffedit.training.config import Training
 from diffedit.training.estimate import describe, estimate
-from diffedit.training.loop import Task, accelerator, train
+from diffedit.training.loop import Task, accelerator, part_count, train
+from diffedit.training.parts import Parts
+from diffedit.training.threads import cores, one_core
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +117,7 @@ def _stage(
     with machine.main_process_first():
         task = build(training, machine.device)
     if machine.is_main_process:
-        say(f"{title}training {training.train} {told(task, training, machine.device)}")
+        say(f"{title}training {training.train} {told(task, training, machine)}")
     if dry_run:
         return False
     report = train(task, training, machine, resume=resume, max_minutes=max_minutes)
@@ -126,7 +131,7 @@ def _stage(
     return True
 
 
-def told(task: Task, training: Training, device: torch.device) -> str:
+def told(task: Task, training: Training, machine: Accelerator) -> str:
     """What memory and time the training will take, measured on a small batch."""
     generator = torch.Generator().manual_seed(training.seed)
     rows = task.batch(0, generator)
@@ -134,18 +139,42 @@ def told(task: Task, training: Training, device: torch.device) -> str:
     def loss(size: int) -> Tensor:
         return task.loss({name: value[:size] for name, value in rows.items()})
 
-    return describe(
-        estimate(
+    on_cpu = machine.device.type == "cpu"
+    share = max(1, training.batch // (training.accumulate * machine.num_processes))
+    # On a CPU each core works on parts of the batch, as `loop` deals them.
+    parts = part_count(share) if on_cpu else 1
+    at_once = min(cores(), parts) if on_cpu else 1
+    with one_core() if on_cpu else nullcontext():
+        made = estimate(
             chain.from_iterable(
                 group["params"] for opt in task.optimizers for group in opt.param_groups
             ),
-            chain.from_iterable(module.parameters() for module in task.modules.values()),
+            chain.from_iterable(network.parameters() for network in _networks(task)),
             task.optimizers,
-            torch.float32,
-            max(1, training.batch // training.accumulate),
+            {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
+                machine.mixed_precision, torch.float32
+            ),
+            -(-share // parts),
             loss=loss,
             steps=training.steps,
             averages=0 if training.ema is training.ema_width is None else 1,
-            accumulate=training.accumulate,
+            accumulate=training.accumulate * -(-parts // at_once),
+        )
+    more = (at_once - 1) * made.activation_bytes
+    return describe(
+        replace(
+            made,
+            batch=share,
+            activation_bytes=made.activation_bytes + more,
+            total_bytes=made.total_bytes + more,
         )
     )
+
+
+def _networks(task: Task) -> Iterator[nn.Module]:
+    """All that a task holds in memory: what it trains, and the model that it trains it for."""
+    held = [*task.modules.values(), *vars(task).values()]
+    for one in held:
+        yield from (one,) if isinstance(one, nn.Module) else ()
+        if isinstance(one, Parts):
+            yield from (one.vae, one.text_encoder, one.unet)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,14 +13,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffedit.errors import InputError
+from diffedit.training import loop, stages
+from diffedit.training.config import LoraTraining
 from diffedit.training.estimate import (
     Estimate,
+    _bytes,
     available,
     describe,
     estimate,
     optimizer_bytes,
 )
+from diffedit.training.loop import accelerator
 from diffedit.training.optim import Muon
+from diffedit.training.stages import build
 
 FP32 = torch.float32
 
@@ -304,3 +309,44 @@ def test_available_cuda_memory_is_the_free_and_the_own(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (700, 1000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 200)
     assert available(torch.device("cuda:0")) == 900
+
+
+def test_a_training_tells_all_that_it_holds_and_what_its_cores_do_at_once(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = LoraTraining.model_validate(
+        {
+            "train": "lora",
+            "model": str(small_model),
+            "data": {"world": "plain", "count": 40, "side": 32},
+            "out": tmp_path / "out",
+            "batch": 32,
+            "accumulate": 2,
+            "device": "cpu",
+            "precision": "bf16",
+        }
+    )
+    task = build(how, torch.device("cpu"))
+    asked: dict[str, Any] = {}
+
+    def watched(*given: Any, **said: Any) -> Estimate:
+        asked.update(said, precision=given[3], batch=given[4])
+        made.append(estimate(*given, **said))
+        return made[0]
+
+    made: list[Estimate] = []
+    monkeypatch.setattr(stages, "estimate", watched)
+    monkeypatch.setattr(stages, "cores", lambda: 2)
+    monkeypatch.setattr(loop, "cores", lambda: 2)
+    line = stages.told(task, how, accelerator(how))
+    parts = cast(Any, task).parts
+    held = {
+        p.data_ptr(): p.nbytes
+        for part in (parts.vae, parts.text_encoder, parts.unet)
+        for p in part.parameters()
+    }
+    assert made[0].weights_bytes == sum(held.values())
+    # 16 rows at a time, 8 on each of two cores.
+    assert (asked["precision"], asked["batch"], asked["accumulate"]) == (torch.bfloat16, 8, 2)
+    assert f"activations at batch 16 {_bytes(2 * made[0].activation_bytes)}" in line
+    assert f"needs about {_bytes(made[0].total_bytes + made[0].activation_bytes)} " in line
