@@ -34,6 +34,7 @@ from diffedit.testing import tiny_control_net, tiny_editor, tiny_pipeline
 from diffedit_controlnet import ControlNet
 from diffedit_ip_adapter import IPAdapter
 from diffedit_lora import LoRA
+from diffedit_textual_inversion import TextualInversion
 from tests.families import SDXL, ip_adapter
 from tests.families.additions import additions, written
 from tests.hub_server import Hub, digest, serving
@@ -763,7 +764,10 @@ def test_an_adapter_is_fetched_with_the_image_encoder_beside_it(
 
 
 def test_what_was_fetched_of_a_repository_is_used_offline(
-    server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Hub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (tmp_path / "loras").mkdir()
     written(tmp_path / "loras" / "of.any-name.safetensors", additions(tiny_pipeline()))
@@ -773,11 +777,67 @@ def test_what_was_fetched_of_a_repository_is_used_offline(
     made = editor.run(None, styled, seed=1).pixels
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     again = tiny_editor()
-    with pytest.raises(errors.ModelError, match=r"has no|is not here"):
-        again.run(None, styled, seed=1)
+    np.testing.assert_array_equal(again.run(None, styled, seed=1).pixels, made)
+    assert "takes of.any-name.safetensors, the only such file of it that is here" in caplog.text
     named = LoRA(model="someone/FLUX.1-lora/of.any-name.safetensors")
     other = PASS.model_copy(update={"edits": (named,)})
     np.testing.assert_array_equal(again.run(None, other, seed=1).pixels, made)
+
+
+def test_of_a_repository_with_pickles_alone_the_reason_is_told(
+    server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "word").mkdir()
+    (tmp_path / "word" / "learned_embeds.bin").write_bytes(b"a pickle")
+    server.push("someone/word", tmp_path / "word")
+    editor = tiny_editor()
+    word = PASS.model_copy(update={"edits": (TextualInversion(model="someone/word"),)})
+    with pytest.raises(errors.UnsafeWeights, match=r"someone/word: learned_embeds\.bin: a pickle"):
+        editor.run(None, word)
+    assert not any(path.endswith(".bin") for path in server.fetched())
+
+
+def test_offline_another_variant_than_was_asked_for_is_told(
+    server: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Editor.load(NAME, variant="fp16")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    Editor.load(NAME, variant="fp16")
+    assert "of variant fp16 are here" not in caplog.text
+    Editor.load(NAME)
+    assert f"{NAME}: of its weights only those of variant fp16 are here" in caplog.text
+
+
+def test_code_of_a_single_network_is_told_and_not_run(
+    server: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_control_net(tiny_pipeline()).save_pretrained(tmp_path / "net")
+    config = json.loads((tmp_path / "net" / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": "net.Custom"}
+    proof = tmp_path / "it ran"
+    more = {"net.py": f"open({str(proof)!r}, 'w')".encode()}
+    server.push(
+        "someone/net", tmp_path / "net", more | {"config.json": json.dumps(config).encode()}
+    )
+    editor, picture = tiny_editor(), np.full((64, 64, 3), 90, np.uint8)
+    net = ControlNet(model="someone/net", kind="none", image=picture)
+    editor.run(picture, Pass(prompt="x", steps=1, edits=[net]))
+    told = "someone/net: brings code of its own (config.json, net.py), which diffedit does not run"
+    assert told in caplog.text
+    assert not proof.exists()
+    assert "net.py" not in server.fetched()
+
+
+def test_a_file_that_is_not_there_is_no_hub_id(
+    server: Hub, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "dream.safetensors").touch()
+    said = r"checkpoints/draem\.safetensors: no such model .*did you mean 'checkpoints/dream"
+    with pytest.raises(errors.ModelError, match=said):
+        Editor.load("checkpoints/draem.safetensors")
+    assert server.asked == []
 
 
 def test_a_cache_that_may_only_be_read_serves(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,6 +210,18 @@ def test_nonsense_that_the_file_says_of_itself(told: dict[str, Any], tmp_path: P
     refused(SD, file, "says of itself what peft cannot read")
 
 
+@pytest.mark.parametrize("alpha", [[float("nan")], [float("inf")], [4.0, 4.0], []])
+@pytest.mark.parametrize("bare", [False, True])
+def test_an_alpha_that_is_no_number(alpha: list[float], bare: bool, tmp_path: Path) -> None:
+    _, state = _alone(SD)
+    if not bare:
+        state = {key.replace("lora_A", "lora_down"): value for key, value in state.items()}
+        state = {key.replace("lora_B", "lora_up"): value for key, value in state.items()}
+    key = next(iter(state)).split(".lora_")[0] + ".alpha"
+    file = written(tmp_path / "a.safetensors", {**state, key: torch.tensor(alpha)})
+    refused(SD, file, r"a\.safetensors: \S+\.alpha should be one finite number")
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_numbers_that_are_none(number: float, tmp_path: Path) -> None:
     _, state = _alone(SD)

@@ -140,7 +140,8 @@ def test_without_a_config_the_makers_own_is_asked_of_the_hub(
     name = single_file.published(whole, header(whole))
     with serving() as server:
         use(monkeypatch, server.url, tmp_path / "cache")
-        with pytest.raises(errors.ModelError, match=f"{name}: .*none of this name on the hub"):
+        said = rf"{whole.name}: says nothing .*with config .*{name}: .*none of this name on the hub"
+        with pytest.raises(errors.ModelError, match=said):
             Editor.load(whole, device="cpu")
         server.push(name, folder)
         made = Editor.load(whole, device="cpu").run(None, PASS, size=(64, 64))

@@ -25,6 +25,8 @@ EMBEDDED = Path(__file__).parent / "embedded"
 #: What a workflow calls it.
 TINY = "tiny"
 
+_FILES = (".safetensors", gguf.SUFFIX)
+
 
 def load(
     source: str | os.PathLike[str],
@@ -85,10 +87,13 @@ def load(
         more["room"] = room
     if repository is not None:
         where = str(repository.model(variant))
-    _mention_code(source, where, repository)
+    mention_code(source, where, repository)
     here = Path(where)
     if variant is not None and here.is_dir() and not parts.has_variant(here, variant):
         log.warning("%s: has no weights of variant %s: takes its plain ones", source, variant)
+    offline = repository is not None and repository.files is None
+    if offline and variant is None and (held := parts.only_variant(here)) is not None:
+        log.warning("%s: of its weights only those of variant %s are here", source, held)
     if vae is not None:
         from diffedit.models.autoencoder import load_autoencoder
 
@@ -153,9 +158,11 @@ def _repository(source: str, revision: str | None, part: bool = False) -> hub.Re
     check_file(path)
     if path.exists():
         return None
-    if not hub.could_be(source):
-        hint = nearest(source, [TINY]) if "/" not in source else ""
-        raise ModelError(f"{source}: no such model folder or file{hint}")
+    if not hub.could_be(source) or path.suffix in _FILES:
+        beside = path.parent.iterdir() if path.parent.is_dir() else ()
+        there = [TINY] if "/" not in source else []
+        there += [str(one) for one in beside if one.suffix in _FILES]
+        raise ModelError(f"{source}: no such model folder or file{nearest(source, there)}")
     return hub.find(source, revision, part=part)
 
 
@@ -187,7 +194,7 @@ def _configuration(
     return {**index, "_class_name": named[-1]} if isinstance(named, list) and named else index
 
 
-def _mention_code(
+def mention_code(
     source: str | os.PathLike[str], folder: str, repository: hub.Repository | None
 ) -> None:
     """Say once that programs, which a model brings, are left alone."""
@@ -318,6 +325,7 @@ def pretrained(cls: Any, source: str, *, dtype: Any = None, config: Path | None 
             parts.check_class(folder, cls, wanted)
             with turns.loading():
                 return single_file.network(cls, path, folder, dtype)
+        repository = None
         if path.is_dir():
             refuse_pickles(path)
         elif not hub.could_be(source):
@@ -326,6 +334,7 @@ def pretrained(cls: Any, source: str, *, dtype: Any = None, config: Path | None 
             repository = hub.find(source)
             parts.check_class(repository.fetch(["config.json"]), cls, wanted)
             path = repository.network()
+        mention_code(source, str(path), repository)
         parts.check_class(path, cls, wanted)
         with turns.loading():
             made = parts.check_part(path, cls, dtype=dtype)
@@ -402,7 +411,7 @@ def check_file(path: Path, *, whole: bool = True) -> None:
     """
     if is_pickle(path.name):
         raise unsafe(path)
-    known = (".safetensors", gguf.SUFFIX) if whole else (".safetensors",)
+    known = _FILES if whole else _FILES[:1]
     if path.is_file() and path.suffix.lower() not in known:
         raise ModelError(
             f"{path}: not a model; give a diffusers folder or a {' or '.join(known)} file"

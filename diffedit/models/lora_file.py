@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
@@ -121,6 +122,7 @@ def read(loaders: Loaders, modules: Mapping[str, nn.Module], file: Path, **optio
     """
     shapes = {name: tensor.shape for name, tensor in header(file).items()}
     _check_layout(file, shapes)
+    _check_alphas(file, shapes)
     said = _plain(modules, file, shapes, own=True)
     if said is None:
         # As diffusers reads it, wherever it does: only then are the pictures its own.
@@ -334,6 +336,13 @@ def _check_pairs(file: Path, said: Said) -> None:
                     f"{file}: the two matrices of {layer} have the ranks {ranks[0]} and {ranks[1]}:"
                     " should be one, and at least 1"
                 )
+
+
+def _check_alphas(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    with safe_open(file, framework="pt") as opened:
+        for name in (name for name in shapes if name.endswith(".alpha")):
+            if math.prod(shapes[name]) != 1 or not math.isfinite(float(opened.get_tensor(name))):
+                raise ModelError(f"{file}: {name} should be one finite number")
 
 
 def _check_layout(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:

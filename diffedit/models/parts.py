@@ -144,7 +144,8 @@ def own_code(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
     found = [file for place in ("*.py", "*/*.py") for file in folder.glob(place)]
-    found += [file for file in folder.glob("*/*config.json") if "auto_map" in read_json(file)]
+    settings = [file for place in ("*config.json", "*/*config.json") for file in folder.glob(place)]
+    found += [file for file in settings if "auto_map" in read_json(file)]
     return sorted(file.relative_to(folder).as_posix() for file in found)
 
 
@@ -238,6 +239,15 @@ def _its_variant(part: Path, library: str, variant: str | None) -> dict[str, str
     """How a library is told which weights of a part are read: its only ones, if need be."""
     kind = variant_of(weights(part, STEMS[library], variant)[0].name)
     return {} if kind is None else {"variant": kind}
+
+
+def only_variant(folder: Path) -> str | None:
+    """The variant of a part of a model's folder that has no plain weights; None: all have."""
+    for part in sorted(one for one in folder.iterdir() if one.is_dir()):
+        kinds = {variant_of(file.name) for file in part.glob("*.safetensors")}
+        if kinds and None not in kinds:
+            return sorted(str(kind) for kind in kinds)[0]
+    return None
 
 
 def has_variant(folder: Path, variant: str) -> bool:

@@ -144,7 +144,16 @@ def load(cls: Any, path: Path, config: str | None, place: Place, dtype: Any, **g
             f"{path}: a UNet whose tensors lack {_PREFIX!r} before their names, which diffusers"
             " does not read"
         )
-    folder = place(config or published(path, names), frozenset())
+    asked = config or published(path, names)
+    try:
+        folder = place(asked, frozenset())
+    except ModelError as error:
+        if config is not None:
+            raise
+        raise ModelError(
+            f"{path}: says nothing of its configuration, and that of {asked} cannot be had: name a"
+            f" folder that has it with config (on the command line --config) ({error})"
+        ) from error
     index = read_json(folder / "model_index.json")
     lacking = _lacking(names, index) - set(given)
     if lacking and config is None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
 from diffedit.errors import ModelError, nearest
 from diffedit.models import hub, loading
-from diffedit.models.files import refuse_pickles
+from diffedit.models.files import is_pickle, refuse_pickles, unsafe
+
+log = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
 
@@ -62,16 +65,26 @@ def stamp(source: str) -> object:
     """What tells whether the weights in a file or folder are those that they were; None: none."""
     path = Path(os.path.abspath(os.path.expanduser(source)))  # noqa: PTH100, PTH111 - as above
     files = [path] if path.is_file() else sorted(path.glob(f"*{SUFFIX}"))
+    files.append((path.parent if path.is_file() else path) / "adapter_config.json")  # peft's
     told = [(file, file.stat()) for file in files if file.is_file()]
     return [(str(file), one.st_mtime_ns, one.st_size) for file, one in told] or None
 
 
 def _from_hub(repository: str, name: str, usual: str | None) -> Path:
     found = hub.find(repository, part=True)
-    if name == usual and found.files is not None and name not in found.files:
-        others = [path for path in found.files if "/" not in path and path.endswith(SUFFIX)]
-        if len(others) != 1:
-            said = f"name one of {', '.join(others)}" if others else f"nor any other {SUFFIX} file"
-            raise ModelError(f"{repository}: has no {name} on the hub: {said}")
-        name = others[0]
-    return found.fetch([name]) / name
+    if name != usual or found.has(name):
+        return found.fetch([name]) / name
+    offline = found.files is None
+    there = sorted(found.folder.iterdir()) if found.files is None else found.files
+    names = [one.name if isinstance(one, Path) else one for one in there]
+    others = [one for one in names if "/" not in one and one.endswith(SUFFIX)]
+    if len(others) == 1:
+        if offline:
+            log.warning("%s: takes %s, the only such file of it that is here", repository, *others)
+        return found.fetch(others) / others[0]
+    pickles = [one for one in names if "/" not in one and is_pickle(one)]
+    if pickles and not others:
+        raise unsafe(f"{repository}: {pickles[0]}")
+    said = f"name one of {', '.join(others)}" if others else f"nor any other {SUFFIX} file"
+    where = "here, and the hub cannot be asked for it" if offline else "on the hub"
+    raise ModelError(f"{repository}: has no {name} {where}: {said}")

@@ -7,9 +7,11 @@ and ``diffedit.training.styles`` judges the pictures. No prompt is a caption of 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from make_pictures import HERE
 from PIL import Image
 
 from diffedit.models.loading import EMBEDDED
+from diffedit.training.card import history
 from diffedit.training.styles import StyleJudge
 from diffedit.training.world.source import HELD_OUT, Drawn
 
@@ -79,6 +82,15 @@ def figures(judge: StyleJudge, pictures: list[npt.NDArray[np.uint8]]) -> dict[st
     }
 
 
+def digest(folder: Path) -> str:
+    """A name for all weights in a folder: any change of any of them changes it."""
+    said = hashlib.sha256()
+    for file in sorted(folder.rglob("*.safetensors")):
+        said.update(file.relative_to(folder).as_posix().encode())
+        said.update(file.read_bytes())
+    return said.hexdigest()[:12]
+
+
 def main() -> None:
     """Print the figures as JSON; write the picture if one is asked for."""
     parser = argparse.ArgumentParser(description="Measure a style LoRA before and after.")
@@ -89,6 +101,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--write", type=Path, help="a picture of the first prompts, as PNG")
+    parser.add_argument("--json", type=Path, help="the figures, with all that made them")
     options = parser.parse_args()
     asked = prompts(options.count, options.pictures)
     pipeline = StableDiffusionPipeline.from_pretrained(options.model)
@@ -100,6 +113,16 @@ def main() -> None:
     judge = StyleJudge.load()
     said = {"before": figures(judge, before), "after": figures(judge, after)}
     print(json.dumps(said, indent=2))
+    if options.json is not None:
+        made_by = {
+            "lora": digest(options.lora),
+            "model": digest(Path(options.model)),
+            "training": history(options.lora.parent),
+            "prompts": asked,
+            **how,
+            **{name: version(name) for name in ("diffedit", "diffusers", "peft", "torch")},
+        }
+        options.json.write_text(json.dumps(said | {"made by": made_by}, indent=1) + "\n", "utf-8")
     if options.write is not None:
         count = len(SHOWN)
         rows = [np.concatenate(row[:count], axis=1) for row in (before, after)]
