@@ -22,7 +22,18 @@ from diffedit.models import single_file
 from diffedit.models.files import header
 from diffedit_img2img import Img2Img
 from tests.families import FLUX, SD, SD3, SDXL, Tiny
-from tests.families.originals import autoencoder, flux, narrow_flux, sampled, sd3, text_encoders
+from tests.families.originals import (
+    autoencoder,
+    clip,
+    flux,
+    kernels,
+    narrow_flux,
+    open_clip,
+    sampled,
+    sd3,
+    text_encoders,
+)
+from tests.families.stable_diffusion_xl import xl_pipeline
 from tests.hub_server import serving
 from tests.test_hub import use
 
@@ -298,6 +309,47 @@ def unets(tmp_path_factory: pytest.TempPathFactory) -> Path:
         mark = {"conditioner.embedders.2.mark": torch.zeros(1)} if family is SDXL else {}
         save(unet(pipe.unet) | mark, place / f"{family.name}.safetensors")
     return place
+
+
+@pytest.mark.parametrize("kind", ["1", "2", "xl"])
+def test_a_whole_file_of_stable_diffusion_is_what_diffusers_makes_of_it(
+    kind: str, tmp_path: Path
+) -> None:
+    """CLIP's own layout, OpenCLIP's, and both; an autoencoder with kernels for attention."""
+    family = SDXL if kind == "xl" else SD
+    pipe: Any = xl_pipeline(width=48) if kind == "xl" else family.pipeline()
+    family.save(pipe, tmp_path / "folder")
+    if kind == "1":
+        texts = clip(pipe.text_encoder, "cond_stage_model.transformer.")
+    elif kind == "2":
+        texts = open_clip(pipe.text_encoder, "cond_stage_model.model.")
+    else:
+        texts = clip(pipe.text_encoder, "conditioner.embedders.0.transformer.")
+        texts |= open_clip(pipe.text_encoder_2, "conditioner.embedders.1.model.")
+    file = tmp_path / "whole.safetensors"
+    save(unet(pipe.unet) | kernels(autoencoder(pipe.vae)) | texts, file)
+
+    editor = Editor.load(file, config=tmp_path / "folder", device="cpu")
+    assert editor.model.info["family"] == family.name
+    for one in ("text_encoder", "text_encoder_2") if kind == "xl" else ("text_encoder",):
+        # Nothing of it may be the folder's, so the folder's are other weights.
+        other = getattr(pipe, one)
+        for weight in other.parameters():
+            torch.nn.init.normal_(weight)
+        other.save_pretrained(tmp_path / "folder" / one)
+    again = Editor.load(file, config=tmp_path / "folder", device="cpu")
+    theirs: Any = getattr(diffusers, family.theirs["text2img"])
+    loaded = theirs.from_single_file(str(file), config=str(tmp_path / "folder"))
+    for own in (editor, again):
+        made = own.run(None, PASS, size=(64, 64), seed=7, compat=True).latents
+        assert made is not None
+        assert (made - sampled(loaded)).abs().max() == 0.0
+        for name, part in loaded.components.items():
+            if isinstance(part, torch.nn.Module):
+                mine = getattr(own.model.pipe, name).state_dict()  # type: ignore[attr-defined]
+                assert all(
+                    torch.equal(mine[key], value) for key, value in part.state_dict().items()
+                )
 
 
 @pytest.mark.parametrize("family", [SD, SDXL], ids=lambda family: family.name)

@@ -158,6 +158,48 @@ def autoencoder(vae: Any, prefix: str = "first_stage_model.") -> State:
     return renamed(state, names, prefix)
 
 
+def kernels(state: State) -> State:
+    """An autoencoder whose attention is of 1x1 kernels, as Stable Diffusion's files have it."""
+    ends = ("q.weight", "k.weight", "v.weight", "proj_out.weight")
+    return {
+        name: tensor[..., None, None] if "attn_1" in name and name.endswith(ends) else tensor
+        for name, tensor in state.items()
+    }
+
+
+def clip(encoder: Any, prefix: str) -> State:
+    """A CLIP text encoder as transformers of that time had it: Stable Diffusion 1, XL's first."""
+    inner = "" if hasattr(encoder, "text_model") else "text_model."
+    return {f"{prefix}{inner}{key}": value for key, value in encoder.state_dict().items()}
+
+
+def open_clip(encoder: Any, prefix: str) -> State:
+    """A text encoder as OpenCLIP has it: Stable Diffusion 2, XL's second."""
+    state = {key.removeprefix("text_model."): value for key, value in encoder.state_dict().items()}
+    # Rows of what no encoder of Stable Diffusion 2 has, which its files hold all the same.
+    width = encoder.config.hidden_size
+    projection = state.pop("text_projection.weight", torch.full((width, width), 0.5))
+
+    def rows(name: str) -> list[str] | None:
+        if ".self_attn.q_proj." not in name:
+            return None
+        return [name.replace("q_proj", one) for one in ("q_proj", "k_proj", "v_proj")]
+
+    names = {
+        r"^embeddings\.token_embedding": "token_embedding",
+        r"^embeddings\.position_embedding\.weight": "positional_embedding",
+        r"^final_layer_norm": "ln_final",
+        r"^encoder\.layers\.(\d+)\.": r"transformer.resblocks.\1.",
+        r"\.layer_norm(\d)": r".ln_\1",
+        r"\.self_attn\.q_proj\.(weight|bias)": r".attn.in_proj_\1",
+        r"\.self_attn\.out_proj": ".attn.out_proj",
+        r"\.mlp\.fc1": ".mlp.c_fc",
+        r"\.mlp\.fc2": ".mlp.c_proj",
+    }
+    made = renamed(joined(state, rows), names, prefix)
+    return {**made, f"{prefix}text_projection": projection.T}
+
+
 def text_encoders(**encoders: Any) -> State:
     """Text encoders as Stable Diffusion 3 and Flux have them: ``clip_l``, ``clip_g``, ``t5xxl``."""
     made: State = {}

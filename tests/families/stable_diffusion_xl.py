@@ -25,6 +25,7 @@ def xl_pipeline(
     seed: int = 0,
     refiner: bool = False,
     upcast: bool = True,
+    width: int = TEXT,
     **scheduler: Any,
 ) -> StableDiffusionXLImg2ImgPipeline:
     """Random components of Stable Diffusion XL, about 1.5 M weights.
@@ -32,6 +33,7 @@ def xl_pipeline(
     Args:
         upcast: whether the autoencoder wants float32; the pipeline for instructions cannot.
         refiner: with one text encoder, and an aesthetic score in the place of a size.
+        width: of the second text encoder, which in truth is wider than the first.
     """
     small: Any = testing.tiny_pipeline(seed=seed)
     small.vae.register_to_config(force_upcast=upcast)
@@ -45,17 +47,17 @@ def xl_pipeline(
             layers_per_block=1,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=TEXT if refiner else 2 * TEXT,
+            cross_attention_dim=width if refiner else TEXT + width,
             attention_head_dim=(2, 4),
             transformer_layers_per_block=(1, 2),
             norm_num_groups=8,
             use_linear_projection=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=(5 if refiner else 6) * 8 + TEXT,
+            projection_class_embeddings_input_dim=(5 if refiner else 6) * 8 + width,
         )
         first = CLIPTextModel(text_settings())
-        second = CLIPTextModelWithProjection(text_settings(projection_dim=TEXT))
+        second = CLIPTextModelWithProjection(text_settings(hidden_size=width, projection_dim=width))
     settings: dict[str, Any] = {
         "beta_start": 0.00085,
         "beta_end": 0.012,

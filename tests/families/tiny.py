@@ -142,18 +142,18 @@ class Tiny:
 
 def text_settings(**more: Any) -> CLIPTextConfig:
     """Of a CLIP that fits `testing.tiny_tokenizer`."""
-    return CLIPTextConfig(
-        vocab_size=514,
-        hidden_size=TEXT,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=77,
-        bos_token_id=512,
-        eos_token_id=513,
-        pad_token_id=513,
-        **more,
-    )
+    usual = {
+        "vocab_size": 514,
+        "hidden_size": TEXT,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 77,
+        "bos_token_id": 512,
+        "eos_token_id": 513,
+        "pad_token_id": 513,
+    }
+    return CLIPTextConfig(**{**usual, **more})
 
 
 def t5_encoder() -> T5EncoderModel:
