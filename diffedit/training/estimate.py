@@ -87,10 +87,10 @@ def estimate(
     small, large = (max(1, min(size, batch)) for size in probe)
     # A list, even if empty: by default every CUDA device would be saved.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        # The first pass allocates and chooses kernels, so its time tells nothing.
+        # The first pass of a size allocates and chooses kernels, so its time tells nothing.
         measured = [
             _measure(loss, size, trained, weights, precision, clock)
-            for size in (small, small, *[large] * (large != small))
+            for size in (small, small, *[large] * (2 * (large != small)))
         ]
     (kept, seconds), (kept_large, seconds_large) = measured[1], measured[-1]
     kept_at_batch = _extend(small, kept, large, kept_large, batch)
