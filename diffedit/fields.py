@@ -217,11 +217,12 @@ def located(name: str, base: str | os.PathLike[str] | None) -> str:
     a file ``word.safetensors``.
     """
     said = Path(name)
-    if len(said.parts) < 2 and not {"/", os.sep} & set(name) and not said.suffix:
+    word = name == said.name
+    if word and not said.suffix:
         return name
     try:
         path = (Path(base or ".") / said.expanduser()).absolute()
-        there = path.exists() and (path.is_file() or name != said.name)
+        there = path.is_file() if word else path.exists()
         return str(path.resolve() if ".." in path.parts else path) if there else name
     except (OSError, ValueError, RuntimeError):  # too long, NUL, no such home
         return name

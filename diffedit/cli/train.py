@@ -44,8 +44,8 @@ def train(config: Path, resume: bool, max_minutes: float | None, dry_run: bool) 
     """Train as CONFIG (a YAML file) says: denoiser, autoencoder, ControlNet, LoRA, word, few steps.
 
     Checkpoints, curves and sample grids go to the file's 'out' folder while it runs, the result to
-    the folder 'model' in it. SIGTERM writes a
-    checkpoint and stops (exit code 3); Ctrl-C stops at once, with the last checkpoint kept.
+    the folder 'model' in it. SIGTERM writes a checkpoint and stops (exit code 3); Ctrl-C stops at
+    once, with the last checkpoint kept.
     """
     from diffedit.training import config as files
     from diffedit.training.stages import run

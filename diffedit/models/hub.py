@@ -126,6 +126,13 @@ class Repository:
         """Whether it has a file, as far as can be told."""
         return (self.folder / path).is_file() if self.files is None else path in self.files
 
+    @property
+    def top(self) -> list[str]:
+        """Names of the files that lie in no folder of it; of those that are here, offline."""
+        if self.files is None:
+            return sorted(one.name for one in self.folder.iterdir() if one.is_file())
+        return [path for path in self.files if "/" not in path]
+
     def fetch(self, paths: Iterable[str]) -> Path:
         """Have files in `folder`.
 

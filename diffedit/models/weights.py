@@ -75,15 +75,12 @@ def _from_hub(repository: str, name: str, usual: str | None) -> Path:
     if name != usual or found.has(name):
         return found.fetch([name]) / name
     offline = found.files is None
-    there = sorted(found.folder.iterdir()) if found.files is None else found.files
-    names = [one.name if isinstance(one, Path) else one for one in there]
-    others = [one for one in names if "/" not in one and one.endswith(SUFFIX)]
+    others = [one for one in found.top if one.endswith(SUFFIX)]
     if len(others) == 1:
         if offline:
             log.warning("%s: takes %s, the only such file of it that is here", repository, *others)
         return found.fetch(others) / others[0]
-    pickles = [one for one in names if "/" not in one and is_pickle(one)]
-    if pickles and not others:
+    if not others and (pickles := [one for one in found.top if is_pickle(one)]):
         raise unsafe(f"{repository}: {pickles[0]}")
     said = f"name one of {', '.join(others)}" if others else f"nor any other {SUFFIX} file"
     where = "here, and the hub cannot be asked for it" if offline else "on the hub"

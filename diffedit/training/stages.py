@@ -19,6 +19,7 @@ from diffedit.training.config import Training
 from diffedit.training.estimate import describe, estimate
 from diffedit.training.loop import Task, accelerator, part_count, train
 from diffedit.training.parts import Parts
+from diffedit.training.precision import resolve
 from diffedit.training.threads import cores, one_core
 
 log = logging.getLogger(__name__)
@@ -151,9 +152,7 @@ def told(task: Task, training: Training, machine: Accelerator) -> str:
             ),
             chain.from_iterable(network.parameters() for network in _networks(task)),
             task.optimizers,
-            {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
-                machine.mixed_precision, torch.float32
-            ),
+            resolve(training.precision, machine.device),
             -(-share // parts),
             loss=loss,
             steps=training.steps,
