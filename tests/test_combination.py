@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from skimage import data
 
 from diffedit import Edit, Editor, Pass, errors
+from diffedit.cli import main
 from diffedit_controlnet import ControlNet
 from diffedit_img2img import Img2Img
 from diffedit_inpaint import Inpaint
@@ -22,6 +25,7 @@ from diffedit_style import Style
 from tests.families import FLUX, SD, SDXL, Tiny
 from tests.families import ip_adapter as adapters
 from tests.families.additions import additions, written
+from tests.laws.state import state, unchanged
 
 PICTURE = data.astronaut()[:64, :96]
 
@@ -65,31 +69,19 @@ def latents(editor: Editor, edits: Any) -> torch.Tensor:
     return made
 
 
-def state(editor: Editor) -> dict[str, Any]:
-    """All that a model is: modules, processors, hooks, weights."""
-    found: dict[str, Any] = {}
-    for number, part in enumerate(editor.model.parts()):
-        for name, module in part.named_modules():
-            own = vars(module)
-            hooks = {k: len(v) for k, v in own.items() if "_hook" in k and isinstance(v, dict)}
-            processor = type(getattr(module, "processor", None))
-            found[f"{number}.{name}"] = type(module), processor, hooks, module.training
-        for name, weight in part.state_dict().items():
-            found[f"{number}.{name}."] = weight.clone()
-    return found
-
-
-def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    def equal(x: Any, y: Any) -> bool:
-        return torch.equal(x, y) if isinstance(x, torch.Tensor) else bool(x == y)
-
-    return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-
-
 @pytest.fixture(params=[SD, SDXL, FLUX], ids=lambda one: one.name)
 def made(request: Any, tmp_path: Path) -> tuple[Tiny, Editor, list[Edit]]:
     family: Tiny = request.param
     return family, family.editor(), everything(family, tmp_path)
+
+
+@pytest.fixture(params=[SD, SDXL, FLUX], ids=lambda one: one.name)
+def narrow(request: Any, tmp_path: Path) -> tuple[Editor, Editor, list[Edit]]:
+    """Two editors of one model whose denoiser's weights are held in eight bits."""
+    family: Tiny = request.param
+    family.save(family.pipeline(), tmp_path / "model")
+    one, other = (Editor.load(tmp_path / "model", device="cpu", dtype="float8") for _ in range(2))
+    return one, other, everything(family, tmp_path)
 
 
 def test_all_of_them_act_in_one_pass_in_any_order(made: tuple[Tiny, Editor, list[Edit]]) -> None:
@@ -115,9 +107,40 @@ def test_a_pass_without_them_is_a_fresh_editors(made: tuple[Tiny, Editor, list[E
     family, editor, edits = made
     before = state(editor)
     latents(editor, edits)
-    assert same(state(editor), before)
+    unchanged(before, state(editor))
     few = edits[:2]
     assert torch.equal(latents(editor, few), latents(family.editor(), few))
+
+
+@pytest.mark.parametrize("wrong", ["lora", "ip_adapter", "controlnet"])
+def test_one_of_another_family_is_one_line_and_exit_code_2(
+    wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edits = {edit.name: edit for edit in everything(FLUX, tmp_path)}
+    before = sorted(tmp_path.rglob("*"))
+    Image.fromarray(PICTURE).save(tmp_path / "in.png")
+    said = {"model": edits[wrong].model}  # type: ignore[attr-defined]
+    said |= {"image": str(tmp_path / "in.png")} if wrong == "ip_adapter" else {}
+    line = ["edit", str(tmp_path / "in.png"), "-o", str(tmp_path / "out.png"), "-p", "x"]
+    assert main([*line, "--edit", f"{wrong}:{json.dumps(said)}"]) == 2  # for the embedded model
+    (told,) = capsys.readouterr().err.strip().splitlines()
+    assert said["model"] in told
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "in.png"])
+
+
+def test_weights_in_eight_bits_are_as_they_were(
+    narrow: tuple[Editor, Editor, list[Edit]],
+) -> None:
+    editor, fresh, edits = narrow
+    before = state(editor)
+    whole = latents(editor, edits)
+    unchanged(before, state(editor))
+    with editor.stream(PICTURE, pass_of(editor, edits), seed=3) as steps:
+        next(steps)
+    unchanged(before, state(editor))
+    assert torch.equal(latents(editor, edits), whole)
+    few = edits[:2]
+    assert torch.equal(latents(editor, few), latents(fresh, few))
 
 
 def test_a_cancelled_pass_leaves_nothing_behind(made: tuple[Tiny, Editor, list[Edit]]) -> None:
@@ -125,8 +148,9 @@ def test_a_cancelled_pass_leaves_nothing_behind(made: tuple[Tiny, Editor, list[E
     before = state(editor)
     with editor.stream(PICTURE, pass_of(editor, edits), seed=3) as steps:
         next(steps)
-        assert not same(state(editor), before)  # the LoRA is there
-    assert same(state(editor), before)
+        with pytest.raises(AssertionError):  # the LoRA is there
+            unchanged(before, state(editor))
+    unchanged(before, state(editor))
     few = edits[:2]
     assert torch.equal(latents(editor, few), latents(family.editor(), few))
 
@@ -146,6 +170,6 @@ def test_an_error_in_the_midst_of_a_step_leaves_nothing_behind(
         broken.setattr(blocks[0], "forward", fails)
         with pytest.raises(errors.PluginError, match="on purpose"):
             latents(editor, edits)
-    assert same(state(editor), before)
+    unchanged(before, state(editor))
     few = edits[:2]
     assert torch.equal(latents(editor, few), latents(family.editor(), few))

@@ -14,7 +14,7 @@ from diffedit.attention import QKV
 from diffedit.errors import DiffeditError, InputError, PluginError
 from diffedit.models.protocol import Residuals
 from tests.laws.photographs import mask, photograph
-from tests.laws.test_restoration import state, unchanged
+from tests.laws.state import state, unchanged
 from tests.laws.tools import Custom, Other, Watched
 
 IMAGE = photograph("rgb8", (64, 64))

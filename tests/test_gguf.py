@@ -24,7 +24,7 @@ from diffedit_lora import LoRA
 from tests.families import FLUX, SD, SD3, Tiny
 from tests.families.additions import additions, written
 from tests.families.originals import flux, narrow_flux, sampled, sd3
-from tests.laws.test_restoration import state, unchanged
+from tests.laws.state import state, unchanged
 
 PASS = Pass(prompt="a red circle", steps=2, guidance=3.0)
 BLOCK = 32

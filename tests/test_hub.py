@@ -449,10 +449,10 @@ def test_which_hosts_may_serve(
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     to = download.utils().get_session().build_request("GET", url).url
     if allowed:
-        download._check_host(to)
+        download._check_host(to, "a file")
     else:
         with pytest.raises(errors.ModelError, match="may not serve it"):
-            download._check_host(to)
+            download._check_host(to, "a file")
 
 
 def test_a_token_goes_to_the_hub_alone(
@@ -693,6 +693,65 @@ def test_the_command_line_says_in_one_line_what_is_wrong(
         assert told.startswith(f"diffedit: {model}: ")
         assert said in told
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("wrong", f"{UNET} came with other bytes than the hub says"),
+        ("cut", f"{UNET} broke off at 1000 of "),
+        ("elsewhere", "which may not serve it"),
+        ("pickles", "pickle"),
+        ("a shard", "00002-of-00002.safetensors"),
+        ("offline", "the hub may not be asked"),
+    ],
+)
+def test_the_command_line_says_in_one_line_what_went_wrong_on_the_way(
+    server: Hub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fault: str,
+    said: str,
+) -> None:
+    files = server.repositories[NAME]["main"]
+    sent = files[UNET]
+    with serving() as other:
+        match fault:
+            case "wrong":
+                server.wrong.add(UNET)
+            case "cut":
+                server.cut[UNET] = 1000
+            case "elsewhere":
+                server.elsewhere[UNET] = other.url
+            case "pickles":
+                weights = [name for name in files if name.endswith(".safetensors")]
+                server.push(NAME, tmp_path, {n: d for n, d in files.items() if n not in weights})
+            case "a shard":
+                first, second = (UNET.replace(".", f"-0000{n}-of-00002.") for n in (1, 2))
+                index = {"metadata": {}, "weight_map": {"a": _name(first), "b": _name(second)}}
+                more = {f"{UNET}.index.json": json.dumps(index).encode(), first: sent}
+                kept = {n: d for n, d in files.items() if not n.startswith("unet/d")}
+                server.push(NAME, tmp_path, kept | more)
+            case "offline":
+                monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        out = tmp_path / "out.png"
+        assert main(["edit", "-o", str(out), "-p", "x", "--size", "64x64", "--model", NAME]) == 2
+        assert other.asked == []
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("diffedit: ")
+    assert NAME in told.replace("--", "/")  # as the cache writes it
+    assert said in told
+    assert not out.exists()
+    # Nothing half written is taken for whole: what broke off is kept to go on from.
+    whole = {digest(name, data) for name, data in server.repositories[NAME]["main"].items()}
+    assert {name for name in blobs(tmp_path) if not name.endswith(".incomplete")} <= whole
+    if fault in {"wrong", "cut", "elsewhere"}:
+        assert digest(UNET, sent) not in blobs(tmp_path)
+
+
+def _name(path: str) -> str:
+    return Path(path).name
 
 
 def test_other_families_come_from_the_hub_too(server: Hub, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from diffedit_lora import LoRA
 from diffedit_style import Style
 from tests.families import FAMILIES, FLUX, PIXART, SANA, SD, SD3, SDXL, Tiny
 from tests.families.additions import USUAL, additions, kohya, parts_of, written
-from tests.laws.test_restoration import state, unchanged
+from tests.laws.state import state, unchanged
 from tests.laws.tools import Custom
 from tests.parity import comparisons
 from tests.parity.comparisons import Case

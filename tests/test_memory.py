@@ -6,12 +6,13 @@ import gc
 import logging
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, T2IAdapter, UNet2DConditionModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -19,16 +20,23 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from diffedit import Editor, Pass, errors, testing
 from diffedit.cli import main
 from diffedit.memory import exhausted, let_go
+from diffedit.models import holding
 from diffedit.models.stable_diffusion import StableDiffusion
+from diffedit_controlnet import ControlNet
 from diffedit_img2img import Img2Img
 from diffedit_inpaint import Inpaint
+from diffedit_ip_adapter import IPAdapter
+from diffedit_lora import LoRA
 from diffedit_style import Style
-from tests.families import FAMILIES, Tiny
+from tests.families import FAMILIES, Tiny, ip_adapter
+from tests.families.additions import additions, written
+from tests.laws.state import state, unchanged
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 MASK = np.zeros((64, 64), np.uint8)
 MASK[10:40, 10:40] = 255
 BARE = Pass(prompt="a", steps=1, guidance=2)
+SMALLER = Pass(prompt="a", steps=1, guidance=1)
 MASKED = BARE.model_copy(update={"edits": (Inpaint(mask=MASK),)})
 
 
@@ -41,12 +49,22 @@ class Allocator(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
+        known = {_storage(one) for one in tree_leaves((args, kwargs))}
         for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor) and not tensor._is_view():
+            storage = _storage(tensor)
+            if storage is not None and storage not in known:
+                known.add(storage)
                 self.count += 1
                 if self.count == self.at or (self.lasting and self.count > (self.at or 0)):
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         return made
+
+
+def _storage(one: Any) -> int | None:
+    """Of a tensor: which memory it has, if it has any."""
+    if not isinstance(one, torch.Tensor) or one.untyped_storage().nbytes() == 0:
+        return None
+    return int(one.untyped_storage()._cdata)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -90,8 +108,28 @@ def smallest() -> Editor:
     return Editor(StableDiffusion(pipe, "smallest"))
 
 
+def added(editor: Editor, folder: Path) -> Pass:
+    """A pass with everything that comes on top of a model, from files."""
+    unet = editor.model.pipe.unet  # type: ignore[attr-defined]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = T2IAdapter(
+            channels=[16], num_res_blocks=1, downscale_factor=8, adapter_type="full_adapter"
+        )
+    net.save_pretrained(folder / "net")
+    adapter = ip_adapter.write(folder / "adapter", unet)
+    lora = written(folder / "lora.safetensors", additions(editor.model.pipe))  # type: ignore[attr-defined]
+    edits = (
+        Inpaint(mask=MASK),
+        LoRA(model=lora),
+        IPAdapter(model=str(adapter), image=PICTURE[::-1].copy()),
+        ControlNet(model=str(folder / "net"), image=PICTURE),
+    )
+    return BARE.model_copy(update={"edits": edits})
+
+
 def as_new(editor: Editor) -> None:
-    """Take back what the model gave up."""
+    """Take back what the model gave up, so that the next one may give it up too."""
     model: Any = editor.model
     model.one_by_one = False
     model.vae.disable_tiling()
@@ -117,12 +155,18 @@ def attempted(editor: Editor, pass_: Pass, at: int) -> tuple[np.ndarray | None, 
         return None, str(error)
 
 
-@pytest.mark.parametrize(("pass_", "every"), [(BARE, 1), (MASKED, 11)], ids=["bare", "masked"])
+@pytest.mark.parametrize(
+    ("kind", "every"), [("masked", 1), ("bare", 11), ("added", 11), ("float8", 11)]
+)
 def test_whichever_allocation_fails_the_run_ends_well(
-    pass_: Pass, every: int, caplog: pytest.LogCaptureFixture
+    kind: str, every: int, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     editor = smallest()
-    meant = run(editor, pass_)
+    pass_ = BARE if kind == "bare" else added(editor, tmp_path) if kind == "added" else MASKED
+    if kind == "float8":
+        holding.narrow(editor.model.pipe.unet, "float8_e4m3fn")  # type: ignore[attr-defined]
+    meant, small = run(editor, pass_), run(editor, SMALLER)
+    before = state(editor)
     editor.forget()
     with Allocator() as counted:
         run(editor, pass_)
@@ -140,8 +184,11 @@ def test_whichever_allocation_fails_the_run_ends_well(
             assert "trying again with predictions one after the other" in caplog.text
             assert editor.model.one_by_one
             ended["less"] += 1
-        if at % 50 == 1:  # and a job that fits is done as ever
+        if at % 50 == 1 or every > 1:  # and the same editor does a job that fits
+            assert apart(run(editor, SMALLER), small) <= 1
+        if at % 50 == 1:  # and if it is to take as much again as ever, this one too
             as_new(editor)
+            unchanged(before, state(editor))
             np.testing.assert_array_equal(run(editor, pass_), meant)
     # What is made outside the passes, such as the opened picture, has no cheaper way.
     assert ended["less"] > 20 * ended["line"]

@@ -24,12 +24,14 @@ from diffedit.models import devices, holding, loading, textual_inversion
 from diffedit.models.protocol import Conditioning, ModelInput
 from diffedit.rows import RowKey, RowMap
 from diffedit_img2img import Img2Img
+from diffedit_ip_adapter import IPAdapter
 from diffedit_lora import LoRA
 from diffedit_style import Style
 from diffedit_textual_inversion import TextualInversion
 from tests.families import FAMILIES, FLUX, SD, SDXL, Tiny
+from tests.families import ip_adapter as adapters
 from tests.families.additions import additions, written
-from tests.laws.test_restoration import state, unchanged
+from tests.laws.state import state, unchanged
 from tests.laws.tools import Custom
 from tests.test_textual_inversion import file_of
 
@@ -155,7 +157,7 @@ def test_a_table_that_somebody_else_reads_too_is_on_the_device() -> None:
     assert table.weight is head.weight
 
 
-ADDITIONS = ["plain", "float8", "lora", "textual_inversion", "style", "controlnet"]
+ADDITIONS = ["plain", "float8", "lora", "ip_adapter", "textual_inversion", "style", "controlnet"]
 
 
 @pytest.fixture(params=[SD, SDXL], ids=lambda one: one.name)
@@ -173,6 +175,10 @@ def test_pictures_are_the_same_and_the_model_as_it_was(
     if with_ == "lora":
         file = written(tmp_path / "lora.safetensors", additions(pipe))
         pass_ = PASS.model_copy(update={"edits": (LoRA(model=file),)})
+    if with_ == "ip_adapter":
+        adapter = adapters.write(tmp_path / "adapter", pipe.unet, "plus")
+        shown = IPAdapter(model=str(adapter), image=data.astronaut(), weight=0.7)
+        pass_ = PASS.model_copy(update={"edits": (shown,)})
     if with_ == "textual_inversion":
         word = TextualInversion(model=file_of(learning, tmp_path), token="<thing>")
         pass_ = PASS.model_copy(update={"edits": (word,), "prompt": "a <thing>"})

@@ -20,7 +20,7 @@ from diffedit_textual_inversion import TextualInversion
 from tests.families import FAMILIES, FLUX, SD, SDXL, Tiny
 from tests.families.additions import additions, written
 from tests.families.tiny import TEXT
-from tests.laws.test_restoration import state, unchanged
+from tests.laws.state import state, unchanged
 from tests.laws.tools import Custom
 from tests.parity import comparisons
 from tests.parity.comparisons import Case

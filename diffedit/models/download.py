@@ -74,7 +74,7 @@ def ask(url: str, what: str) -> Any:
         ModelError: it refuses.
     """
     try:
-        with _opened(url) as answer:
+        with _opened(url, what) as answer:
             said = _limited(answer)
             if answer.status_code in _LATER:
                 raise UnreachableError(f"it answers {answer.status_code}")
@@ -165,13 +165,14 @@ def _append(
 ) -> None:
     """Get what is missing, or what comes of it."""
     had = partial.stat().st_size
-    with _opened(url, {"Range": f"bytes={had}-"} if had else {}) as answer:
+    of = f"{what}: {file.path}"
+    with _opened(url, of, {"Range": f"bytes={had}-"} if had else {}) as answer:
         status = answer.status_code
         goes_on = answer.headers.get("Content-Range", "").startswith(f"bytes {had}-")
         if status in _LATER:
             raise UnreachableError(f"the hub answers {status}")
         if status not in (200, 206):
-            raise _refusal(answer, f"{what}: {file.path}")
+            raise _refusal(answer, of)
         whole = status == 200 or not goes_on
         if status == 206 and whole:
             raise UnreachableError("the hub answers with another part")
@@ -199,7 +200,7 @@ def _digest(path: Path, file: File) -> str:
 
 
 @contextmanager
-def _opened(url: str, headers: dict[str, str] | None = None) -> Iterator[Any]:
+def _opened(url: str, what: str, headers: dict[str, str] | None = None) -> Iterator[Any]:
     """The hub's answer, and of hosts that it hands over to."""
     library = utils()
     client = library.get_session()
@@ -215,12 +216,12 @@ def _opened(url: str, headers: dict[str, str] | None = None) -> Iterator[Any]:
             request = answer.next_request
         finally:
             answer.close()
-        _check_host(request.url)
-    raise ModelError(f"{url}: is handed over from place to place without end")
+        _check_host(request.url, what)
+    raise ModelError(f"{what}: {url} is handed over from place to place without end")
 
 
-def _check_host(url: Any) -> None:
-    """Refuse a redirect to a host that nobody has named.
+def _check_host(url: Any, what: str) -> None:
+    """Refuse a redirect, of what is asked for, to a host that nobody has named.
 
     Raises:
         ModelError: names it, and those that may serve.
@@ -239,7 +240,7 @@ def _check_host(url: Any) -> None:
         return
     known = [home.netloc.decode(), *(f"*.{one}" for one in _PUBLIC if public), *further]
     raise ModelError(
-        f"the hub hands the download over to {url.scheme}://{netloc}, which may not serve it;"
+        f"{what}: the hub hands it over to {url.scheme}://{netloc}, which may not serve it;"
         f" {', '.join(known)} may, and what the variable {HOSTS} names"
     )
 

@@ -17,6 +17,7 @@ from diffedit_inpaint import Inpaint
 from diffedit_style import Style
 from tests.families import Tiny
 from tests.laws.photographs import mask, photograph
+from tests.laws.state import state, unchanged
 from tests.laws.tools import CHOSEN, Custom
 
 STEPS = 4
@@ -26,31 +27,6 @@ IMAGE = photograph("rgb8", (64, 64))
 def the_following() -> Pass:
     edits = [Inpaint(mask=mask((64, 64), (9, 9, 40, 40))), Style(image=photograph(which="coffee"))]
     return Pass(prompt="after", steps=2, edits=CHOSEN.family.carried(edits))
-
-
-def state(editor: Editor) -> Any:
-    """Everything that a pass could leave behind."""
-    parts: list[Any] = list(editor.model.parts())
-    return [
-        (
-            {key: value.clone() for key, value in part.state_dict().items()},
-            dict(part.attn_processors) if hasattr(part, "attn_processors") else {},
-            [
-                (id(m), m.training, dict(m._forward_hooks), dict(m._forward_pre_hooks))
-                for m in part.modules()
-            ],
-            [(id(p), p.requires_grad) for p in part.parameters()],
-            repr(part),
-        )
-        for part in parts
-    ]
-
-
-def unchanged(before: Any, after: Any) -> None:
-    for (weights, *rest), (now, *others) in zip(before, after, strict=True):
-        assert weights.keys() == now.keys()
-        assert all(torch.equal(weights[key], now[key]) for key in weights)
-        assert rest == others
 
 
 @pytest.fixture
