@@ -78,6 +78,7 @@ class Editor:
         config: str | os.PathLike[str] | None = None,
         vae: str | os.PathLike[str] | None = None,
         max_memory: int | str | None = None,
+        low_memory: bool = False,
         plugins: Plugins | None = None,
     ) -> Editor:
         """Load a model and make an editor of it; arguments as in `diffedit.models.loading.load`.
@@ -97,9 +98,15 @@ class Editor:
             config=config,
             vae=vae,
             max_memory=max_memory,
+            low_memory=low_memory,
         )
         editor = cls(model, found, os.fspath(source))
-        editor._loading = {"dtype": dtype, "max_memory": max_memory, "variant": variant}
+        editor._loading = {
+            "dtype": dtype,
+            "max_memory": max_memory,
+            "low_memory": low_memory,
+            "variant": variant,
+        }
         return editor
 
     @property

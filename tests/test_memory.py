@@ -274,6 +274,41 @@ def test_the_command_line_says_it_in_one_line(
     assert not (tmp_path / "out.png").exists()
 
 
+def test_less_memory_from_the_start(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        testing.tiny_pipeline(seed=len(name)).save_pretrained(tmp_path / name)
+    passes = [MASKED, Pass(prompt="b", steps=2, model=str(tmp_path / "two"), edits=(Img2Img(),))]
+    usual = Editor.load(tmp_path / "one", device="cpu").run(PICTURE, passes, seed=1)
+    editor = Editor.load(tmp_path / "one", device="cpu", low_memory=True)
+    less = editor.run(PICTURE, passes, seed=1)
+    assert apart(less.pixels, usual.pixels) <= 1
+    for model in (editor.model, *editor._resources.values()):
+        if isinstance(model, StableDiffusion):
+            assert model.info["saves_memory"]
+            assert model.vae.use_tiling
+    assert sum(isinstance(one, StableDiffusion) for one in editor._resources.values()) == 1
+
+
+def test_less_memory_by_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    predict = StableDiffusion.predict
+
+    def counted(self: StableDiffusion, x: Any) -> torch.Tensor:
+        calls.append(len(x.rows))
+        return predict(self, x)
+
+    monkeypatch.setattr(StableDiffusion, "predict", counted)
+    file = tmp_path / "one.yaml"
+    file.write_text("size: 64x64\npasses: [{prompt: x, steps: 1}]\n", "utf-8")
+    lines = [["edit", "-p", "x", "--steps", "1", "--size", "64x64"], ["run", str(file)]]
+    for number, line in enumerate(lines):
+        for said, most in (([], 2), (["--low-memory"], 1)):
+            calls.clear()
+            out = str(tmp_path / f"{number}-{most}.png")
+            assert main([*line, "-o", out, "--device", "cpu", *said]) == 0
+            assert max(calls) == most
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda one: one.name)
 def test_predictions_one_by_one_are_those_of_a_batch(
     family: Tiny, caplog: pytest.LogCaptureFixture

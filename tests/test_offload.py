@@ -22,6 +22,7 @@ from diffedit import Call, Editor, Pass, errors
 from diffedit.cli import main
 from diffedit.models import devices, holding, loading, textual_inversion
 from diffedit.models.protocol import Conditioning, ModelInput
+from diffedit.models.stable_diffusion_xl import StableDiffusionXL
 from diffedit.rows import RowKey, RowMap
 from diffedit_img2img import Img2Img
 from diffedit_ip_adapter import IPAdapter
@@ -274,6 +275,31 @@ def test_a_model_that_does_not_fit_is_loaded_all_the_same(
     with pytest.raises(errors.ModelError, match="out of memory"):
         Editor.load(tmp_path, device="cpu", max_memory="2 MB")  # there is no other place
     assert placed == [None]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_what_a_family_sets_up_may_find_no_memory_either(
+    device: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pipe: Any = SDXL.pipeline()
+    pipe.vae.register_to_config(force_upcast=True)
+    SDXL.save(pipe, tmp_path / "xl")
+
+    def to(self: Any, *_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    monkeypatch.setattr(StableDiffusionXL, "_vae_dtype", torch.float16)
+    monkeypatch.setattr(type(pipe.vae), "to", to)
+    monkeypatch.setattr(holding, "place", lambda *_: None)
+    monkeypatch.setattr(devices, "chosen", lambda device: torch.device(device))
+    line = ["edit", "-o", str(tmp_path / "a.png"), "-p", "x", "--size", "64x64", "--dtype"]
+    line += ["float32", "--device", device, "--model", str(tmp_path / "xl")]
+    assert main(line) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith(f"diffedit: {tmp_path / 'xl'}: cannot be loaded (CUDA out of mem")
 
 
 def test_every_model_of_a_workflow_has_the_room(

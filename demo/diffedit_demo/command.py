@@ -52,6 +52,12 @@ from diffedit.errors import InputError
     " memory, which is slower. [default: all there is]",
 )
 @click.option(
+    "--low-memory",
+    is_flag=True,
+    help="Take less memory from the start, more slowly: predict one after the other, encode and"
+    " decode in tiles.",
+)
+@click.option(
     "--auth",
     type=click.Path(path_type=Path),
     metavar="FILE",
@@ -83,6 +89,7 @@ def demo(
     device: str | None,
     dtype: str | None,
     max_memory: str | None,
+    low_memory: bool,
     auth: Path | None,
     allow_hosts: tuple[str, ...],
     mcp: bool,
@@ -119,6 +126,7 @@ def demo(
             device=device,
             dtype=dtype,
             max_memory=max_memory,
+            low_memory=low_memory,
             mcp=mcp,
             max_upload=max_upload << 20,
         )

@@ -57,7 +57,11 @@ def build(sources: Sequence[str], sessions: Sessions, options: Options) -> gr.Bl
     from diffedit_demo.server import is_loopback
 
     load = partial(
-        Editor.load, device=options.device, dtype=options.dtype, max_memory=options.max_memory
+        Editor.load,
+        device=options.device,
+        dtype=options.dtype,
+        max_memory=options.max_memory,
+        low_memory=options.low_memory,
     )
     trusted = is_loopback(options.host) and not (options.users or options.allow_hosts)
     return page(Workspace(Models(sources, load), sessions, default(), trusted))

@@ -67,6 +67,12 @@ def shared_options(command: Command) -> Command:
                 help="What the model's weights may take on an accelerator, such as 6GB: what finds"
                 " no room stays in main memory, which is slower. [default: all there is]",
             ),
+            click.option(
+                "--low-memory",
+                is_flag=True,
+                help="Take less memory from the start, more slowly: predict one after the other,"
+                " encode and decode in tiles.",
+            ),
             click.option("--json", "as_json", is_flag=True, help="Print a report as JSON."),
             verbose_option,
         )
@@ -120,6 +126,7 @@ def edit(
     variant: str | None,
     vae: str | None,
     max_memory: str | None,
+    low_memory: bool,
     config: str | None,
     **said: Any,
 ) -> None:
@@ -131,8 +138,8 @@ def edit(
     if said["prompt"] is None and not edits:
         raise InputError("nothing to do: give --prompt, --edit or both")
     workflow = workflow_of(edits, **said)
-    loading = {"device": device, "dtype": dtype, "variant": variant, "vae": vae}
-    loading["max_memory"] = max_memory
+    loading: dict[str, Any] = {"device": device, "dtype": dtype, "variant": variant, "vae": vae}
+    loading |= {"max_memory": max_memory, "low_memory": low_memory}
     _do(workflow, image, output, overwrite, as_json, {**loading, "config": config})
 
 
@@ -161,6 +168,7 @@ def run(
     variant: str | None,
     vae: str | None,
     max_memory: str | None,
+    low_memory: bool,
     config: str | None,
 ) -> None:
     """Run the passes of WORKFLOW (YAML) on IMAGE and write OUT.
@@ -171,8 +179,8 @@ def run(
     from diffedit.workflow import Workflow
 
     loaded = Workflow.load(workflow, overrides=overrides)
-    loading = {"device": device, "dtype": dtype, "variant": variant, "vae": vae}
-    loading |= {"max_memory": max_memory, "config": config}
+    loading: dict[str, Any] = {"device": device, "dtype": dtype, "variant": variant, "vae": vae}
+    loading |= {"max_memory": max_memory, "low_memory": low_memory, "config": config}
     _do(loaded, image, output, overwrite, as_json, loading, inputs=[workflow])
 
 

@@ -90,12 +90,25 @@ def fitting(
     Args:
         source: the model, for people.
         load: loads it; takes ``room``, the bytes of weights that may lie on the device.
+
+    Raises:
+        ModelError: there is no memory for it so either.
     """
     from diffedit.memory import exhausted, let_go
 
+    def attempt(**less: int) -> LatentModel:
+        try:
+            return load(**less)
+        except ModelError:
+            raise
+        except Exception as error:  # of what a family sets up
+            if exhausted(error):
+                raise ModelError(f"{source}: cannot be loaded ({first_line(error)})") from error
+            raise
+
     try:
-        return load()
-    except Exception as error:
+        return attempt()
+    except ModelError as error:
         if on.type == "cpu" or not exhausted(error):
             raise
         let_go(error)
@@ -105,7 +118,7 @@ def fitting(
         source,
         on,
     )
-    return load(room=0)
+    return attempt(room=0)
 
 
 def usual(family: ModelFamily, on: torch.device) -> torch.dtype:

@@ -40,6 +40,7 @@ def load(
     config: str | os.PathLike[str] | None = None,
     vae: str | os.PathLike[str] | None = None,
     max_memory: int | str | None = None,
+    low_memory: bool = False,
 ) -> LatentModel:
     """Load a model.
 
@@ -67,6 +68,10 @@ def load(
             find no room stay in main memory, and are copied when they compute, which makes the
             same picture more slowly. Latents and what is computed from them come on top. None: all
             there is.
+        low_memory: do from the start what is otherwise done once memory has run out: predict one
+            after the other, and encode and decode in tiles. Large pictures come out a little
+            different where tiles meet. (A process that has taken all main memory is ended by the
+            system, without a word that could be caught.)
 
     Raises:
         UnsafeWeights: the weights are pickled.
@@ -108,6 +113,8 @@ def load(
         if not hasattr(model, "replaced"):
             raise ModelError(f"{source}: models of its family take no other autoencoder")
         model.replaced = {"vae": str(vae)}
+    if low_memory:
+        model.save_memory()
     if compiled:
         if not hasattr(model, "compile"):
             raise ModelError(f"{source}: models of its family cannot be compiled")

@@ -29,6 +29,7 @@ class Options:
     device: str | None = None
     dtype: str | None = None
     max_memory: str | None = None
+    low_memory: bool = False
     mcp: bool = False
     max_upload: int = 50 << 20
     max_jobs: int = 24
