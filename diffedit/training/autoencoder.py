@@ -67,6 +67,7 @@ class AutoencoderTask:
                 f"crops of {crop} pixels of pictures of {side}: should be no larger, and both"
                 f" multiples of {self.factor}"
             )
+        self.data = rest.digest
         self.pictures_on_disk = stored(training.out, rest)
         self.held = {name: stored(training.out, held)[rows] for name, rows in _groups(held).items()}
         self.vae.requires_grad_(True).train()

@@ -58,6 +58,11 @@ class Task(Protocol):
     modules: Mapping[str, nn.Module]
     optimizers: Sequence[torch.optim.Optimizer]
 
+    @property
+    def data(self) -> str:
+        """A digest of all examples."""
+        ...
+
     def batch(self, step: int, generator: torch.Generator) -> Rows:
         """Batch number ``step``, on the CPU. All that is random is drawn here."""
         ...
@@ -303,7 +308,8 @@ class _Loop:
         shares = [self.params[k :: cores()] for k in range(cores())]
         norms = in_parallel(_norm, shares)
         norm: Tensor = torch.stack(norms).norm()
-        in_parallel(partial(_clip, most=most, norm=norm), shares)
+        if not norm + 1e-6 <= most:  # else torch would multiply all of them by 1
+            in_parallel(partial(_clip, most=most, norm=norm), shares)
         return norm
 
     def clear(self) -> None:
@@ -367,6 +373,7 @@ def _dealt(rows: Rows, count: int) -> list[Rows]:
 def _save(task: Task, ema: Ema, report: Report, checkpoint: Path, training: Training) -> None:
     state: dict[str, Any] = {
         "training": training.model_dump(mode="json"),
+        "data": task.data,
         "modules": {name: module.state_dict() for name, module in task.modules.items()},
         "optimizers": [opt.state_dict() for opt in task.optimizers],
         "ema": ema.shadow,
@@ -405,6 +412,13 @@ def _load(task: Task, ema: Ema, checkpoint: Path, training: Training) -> Report:
             f"{checkpoint} has weights of other shapes: the model or the words of the data are no"
             " longer those it was begun with; bring them back, or name another 'out'"
         ) from None
+    if state.get("data", task.data) != task.data:
+        # Not refused: somebody may have taken a spoilt picture out, hours after the start.
+        log.warning(
+            "%s: its data, or what encodes them, have changed since: it goes on with the present"
+            " ones, and not as it would have gone on with those",
+            checkpoint,
+        )
     for opt, own in zip(task.optimizers, rates, strict=True):
         # The checkpoint has the rates of its step, warmed up or decayed.
         for group, rate in zip(opt.param_groups, own, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from diffedit.training.config import Optimiser
 from diffedit.training.precision import multiplies_bf16
-from diffedit.training.threads import in_parallel
+from diffedit.training.threads import cores, in_parallel
 
 _STACK = 4
 """Matrices of one shape that are orthogonalised in one go."""
@@ -80,6 +81,21 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     return made
 
 
+class SharedOut(torch.optim.AdamW):
+    """AdamW whose parameters are shared out to the cores, each one's in one pass over them."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update."""
+        shares = []
+        for core in range(cores()):
+            share = copy.copy(self)  # with the same state
+            share.param_groups = [
+                {**group, "params": group["params"][core :: cores()]} for group in self.param_groups
+            ]
+            shares.append(share)
+        in_parallel(torch.optim.AdamW.step, shares)
+
+
 def optimizers(modules: Iterable[nn.Module], how: Optimiser) -> list[torch.optim.Optimizer]:
     """AdamW over what is trainable; with ``muon``, Muon over all hidden weights of it.
 
@@ -100,14 +116,16 @@ def optimizers(modules: Iterable[nn.Module], how: Optimiser) -> list[torch.optim
     if matrices:
         made.append(Muon(matrices, lr=how.muon_rate))
     if others:
+        on_cpu = all(param.device.type == "cpu" for param in others)
+        kind = SharedOut if on_cpu else torch.optim.AdamW
         made.append(
-            torch.optim.AdamW(
+            kind(
                 others,
                 lr=how.rate,
                 betas=(0.9, 0.98),
                 weight_decay=how.weight_decay,
                 # One pass over the weights instead of a dozen. On CUDA torch's default is as fast.
-                fused=all(param.device.type == "cpu" for param in others) or None,
+                fused=on_cpu or None,
             )
         )
     return made

@@ -40,6 +40,11 @@ class UNetTask(Generic[_Training]):
         self.examples = self.found()
         self.parts = models.load(training.model, device)
 
+    @property
+    def data(self) -> str:
+        """A digest of the examples as they are encoded."""
+        return self.latents.cache.key
+
     def found(self) -> Source:
         """The examples that the training names; what is wrong with them is told here."""
         return source(self.training.data, self.training.seed)

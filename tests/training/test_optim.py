@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from diffedit.training.config import Optimiser
-from diffedit.training.optim import Muon, lr_factor, optimizers, orthogonalise
+from diffedit.training.optim import Muon, SharedOut, lr_factor, optimizers, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(2, 12, 12), (1, 8, 40), (3, 40, 8)])
@@ -40,6 +40,36 @@ def test_muon_takes_hidden_weights_and_adamw_all_else() -> None:
     others = {id(p) for group in adamw.param_groups for p in group["params"]}
     wanted = {id(p) for p in model.parameters() if p.requires_grad} - given
     assert others == wanted
+
+
+@pytest.mark.parametrize("number", [1, 7])
+def test_shared_out_to_the_cores_adamw_does_the_same(number: int) -> None:
+    def layers() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(*(nn.Linear(5, 5) for _ in range(number)))
+
+    one, other = layers(), layers()
+    (shared,) = optimizers([one], Optimiser(rate=0.01))
+    assert isinstance(shared, SharedOut)
+    plain = torch.optim.AdamW(
+        other.parameters(), lr=0.01, betas=(0.9, 0.98), weight_decay=Optimiser().weight_decay,
+        fused=True,
+    )  # fmt: skip
+    for step in range(5):
+        for module, optimizer in ((one, shared), (other, plain)):
+            torch.manual_seed(step)
+            optimizer.param_groups[0]["lr"] = 0.01 / (1 + step)
+            for param in module.parameters():
+                param.grad = torch.randn(param.shape)
+            optimizer.step()
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    # And a checkpoint of either is one of the other.
+    told, wanted = shared.state_dict(), plain.state_dict()
+    assert told["state"].keys() == wanted["state"].keys()
+    for key, state in wanted["state"].items():
+        assert all(torch.equal(told["state"][key][name], value) for name, value in state.items())
+    assert told["param_groups"] == wanted["param_groups"]
 
 
 def test_muon_finds_the_least_squares_solution() -> None:

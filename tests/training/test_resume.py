@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -71,7 +73,7 @@ def weights(task: Task) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(
-    small_model: Path, tmp_path: Path, name: str
+    small_model: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole_task, whole, _ = trained(training(small_model, tmp_path / "whole", name))
     how = training(small_model, tmp_path / "parts", name)
@@ -81,9 +83,32 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(
     assert report.finished
     assert len(report.losses) == 4
     assert report.losses == pytest.approx(whole.losses, abs=1e-6)
+    assert "have changed" not in caplog.text
     there = weights(whole_task)
     for key, value in weights(task).items():
         torch.testing.assert_close(value, there[key], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lora", "autoencoder"])
+def test_data_that_have_changed_since_are_told(
+    small_model: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = tmp_path / "pictures"
+    data.mkdir()
+    numbers = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
+    for number, pixels in enumerate(numbers):
+        Image.fromarray(pixels).save(data / f"{number:02}.png")
+        (data / f"{number:02}.txt").write_text("a red circle", "utf-8")
+    how = training(
+        small_model, tmp_path / "out", name,
+        data={"folder": str(data), "side": 32, "held_out": 4},
+    )  # fmt: skip
+    assert trained(how, max_minutes=0)[1].step == 1
+    (data / "03.png").unlink()
+    (data / "03.txt").unlink()
+    assert trained(how, resume=True)[1].finished
+    (told,) = [text for text in caplog.messages if "have changed since" in text]
+    assert told.startswith(f"{how.out / 'checkpoint.pt'}: ")
 
 
 def test_two_processes_of_the_command_train_what_one_does(
