@@ -45,18 +45,25 @@ def _storage(tensor: Tensor) -> Any:
     return tensor.untyped_storage()
 
 
+#: What brings a tensor from one device to another.
+_COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+
+
 class Memory(TorchDispatchMode):
-    """The bytes on the GPU, the most there were, and an end to them."""
+    """The bytes on the GPU, the most there were, an end to them, and those that travelled there."""
 
     def __init__(self, size: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.size, self.used, self.most = size, 0, 0
+        self.size, self.used, self.most, self.copied = size, 0, 0, 0
         self.seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         given = {_storage(one)._cdata for one in _tensors((args, kwargs))}
+        came = any(one.device.type == "cpu" for one in _tensors((args, kwargs)))
         for tensor in _tensors(made):
+            if came and func in _COPIES and tensor.device.type == "cuda":
+                self.copied += tensor.nbytes
             storage = _storage(tensor)
             if tensor.device.type == "cuda" and storage._cdata not in given | self.seen:
                 self._count(storage)

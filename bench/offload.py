@@ -42,6 +42,7 @@ class Cost:
         share: of the weights that there was room for.
         weights: bytes of them that lie there.
         call, decode: most bytes while the denoiser is called, and while a picture is decoded.
+        copied: bytes that travel to the device while the denoiser is called; None: not counted.
         ms: of a call; None: nobody knows without a device.
     """
 
@@ -49,6 +50,7 @@ class Cost:
     weights: int
     call: int
     decode: int
+    copied: int | None = None
     ms: float | None = None
 
 
@@ -74,10 +76,10 @@ def costs(name: str, share: float, rounds: int = 0) -> Cost:
         weights = bytes_on("cuda", pipe)
         with Memory() as memory:
             model.predict(x)
-        call, memory = memory.most, Memory()
+        call, copied, memory = memory.most, memory.copied, Memory()
         with memory:
             model.decode(x.latents[:1])
-    return Cost(share, weights, weights + call, weights + memory.most)
+    return Cost(share, weights, weights + call, weights + memory.most, copied)
 
 
 def _placed(size: sizes.Size, pipe: Any, share: float) -> tuple[Any, ModelInput]:
@@ -110,16 +112,18 @@ def _real(size: sizes.Size, pipe: Any, share: float, rounds: int) -> Cost:
         torch.cuda.synchronize()
         took.append(1000 * (time.perf_counter() - began))
         most.append(torch.cuda.max_memory_allocated())
-    return Cost(share, weights, most[0], most[-1], median(took[1:-1]))
+    return Cost(share, weights, most[0], most[-1], ms=median(took[1:-1]))
 
 
 def table(found: dict[str, list[Cost]]) -> str:
     """The figures, as Markdown."""
-    lines = ["| model | room for the weights | there, GiB | a call, GiB | decoding, GiB | ms |"]
-    lines.append("|---|---|---|---|---|---|")
+    lines = ["| model | room for the weights | there, GiB | a call, GiB | decoding, GiB |"]
+    lines[0] += " copied a call, GiB | ms |"
+    lines.append("|---|---|---|---|---|---|---|")
     for name, some in found.items():
         for one in some:
-            sums = " | ".join(f"{n / 2**30:.2f}" for n in (one.weights, one.call, one.decode))
+            counted = (one.weights, one.call, one.decode, one.copied)
+            sums = " | ".join("—" if n is None else f"{n / 2**30:.2f}" for n in counted)
             took = "—" if one.ms is None else f"{one.ms:.0f} ({one.ms / (some[0].ms or 1):.2f}×)"
             lines.append(f"| {name} | {one.share:.0%} | {sums} | {took} |")
     return "\n".join(lines)

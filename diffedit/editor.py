@@ -18,7 +18,7 @@ from diffedit.box import Box
 from diffedit.canvas import Canvas, Frame
 from diffedit.edit import Edit
 from diffedit.embeddings import Embeddings
-from diffedit.errors import Busy, DiffeditError, InputError
+from diffedit.errors import Busy, DiffeditError, InputError, ModelError
 from diffedit.fields import same_model
 from diffedit.handover import Handover, Setting
 from diffedit.images import ImageSource, Picture, open_picture
@@ -184,7 +184,8 @@ class Editor:
         try:
             return (yield from self._run(image, workflow, seeds, compat))
         except Exception as error:
-            if not exhausted(error):
+            # A model that a pass names, and that does not fit, is told as itself.
+            if isinstance(error, ModelError) or not exhausted(error):
                 raise
             let_go(error)
             raise told("around the passes of this run") from None

@@ -1,15 +1,18 @@
 """The benchmarks run, and count what they say they count. Nothing here depends on the clock."""
 
 import argparse
+import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from bench import full_size, measure, offload, races, report, sizes, speed, training
+from bench import full_size, measure, offload, races, report, scenes, sizes, speed, training
 from bench.measure import Contestant, Ratio
 from bench.report import Report
+from diffedit.training.world.source import Drawn
 
 
 @pytest.fixture(scope="module")
@@ -168,4 +171,37 @@ def test_room_for_weights_is_what_a_model_takes_less_of_the_device() -> None:
     assert whole.weights > 1.8 * half.weights > 10 * none.weights
     # What is computed takes the same; a layer's copy comes on top.
     assert 0 <= (none.call - none.weights) - (whole.call - whole.weights) < 0.2 * whole.weights
+    # What is away of the denoiser travels at each call of it, and nothing else does.
+    assert whole.copied == 0
+    assert half.copied is not None
+    assert none.copied is not None
+    assert 0.3 * none.copied < half.copied < 0.6 * none.copied
+    size = sizes.MODELS["nano-sd15"]
+    unet = size.make().unet
+    layers = (one for one in unet.modules() if isinstance(one, torch.nn.Linear | torch.nn.Conv2d))
+    held = sum(one.nbytes for layer in layers for one in layer.parameters(recurse=False))
+    wide = torch.float32.itemsize / size.dtype.itemsize
+    assert none.copied == held / wide
     assert "| nano | 0% |" in offload.table({"nano": [whole, half, none]})
+
+
+def test_scenes_are_counted_and_in_each_round_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[str, int]] = []
+    clock = itertools.count(step=4)
+
+    class Noted(Drawn):
+        def __getitem__(self, index: int) -> Any:
+            drawn.append((next(iter(self.shares)), self.first + index))
+            return super().__getitem__(index)
+
+    monkeypatch.setattr(scenes, "Drawn", Noted)
+    monkeypatch.setattr("time.process_time", lambda: next(clock))
+    scenes.main(["--side", "64", "--count", "2", "--rounds", "3", "--out", str(tmp_path)])
+    (file,) = tmp_path.iterdir()
+    rates = json.loads(file.read_text("utf-8"))["scenes a CPU second"]
+    assert rates == {
+        world: [0.5] * 3 for world in ("plain", "simple", "pairs", "rich", "views", "photos")
+    }
+    assert drawn == [(world, number) for world in rates for number in range(6)]

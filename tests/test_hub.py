@@ -729,7 +729,10 @@ def test_the_command_line_says_in_one_line_what_went_wrong_on_the_way(
                 server.push(NAME, tmp_path, {n: d for n, d in files.items() if n not in weights})
             case "a shard":
                 first, second = (UNET.replace(".", f"-0000{n}-of-00002.") for n in (1, 2))
-                index = {"metadata": {}, "weight_map": {"a": _name(first), "b": _name(second)}}
+                index = {
+                    "metadata": {},
+                    "weight_map": {"a": Path(first).name, "b": Path(second).name},
+                }
                 more = {f"{UNET}.index.json": json.dumps(index).encode(), first: sent}
                 kept = {n: d for n, d in files.items() if not n.startswith("unet/d")}
                 server.push(NAME, tmp_path, kept | more)
@@ -748,10 +751,6 @@ def test_the_command_line_says_in_one_line_what_went_wrong_on_the_way(
     assert {name for name in blobs(tmp_path) if not name.endswith(".incomplete")} <= whole
     if fault in {"wrong", "cut", "elsewhere"}:
         assert digest(UNET, sent) not in blobs(tmp_path)
-
-
-def _name(path: str) -> str:
-    return Path(path).name
 
 
 def test_other_families_come_from_the_hub_too(server: Hub, tmp_path: Path) -> None:

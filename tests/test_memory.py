@@ -186,9 +186,10 @@ def test_whichever_allocation_fails_the_run_ends_well(
             ended["less"] += 1
         if at % 50 == 1 or every > 1:  # and the same editor does a job that fits
             assert apart(run(editor, SMALLER), small) <= 1
-        if at % 50 == 1:  # and if it is to take as much again as ever, this one too
+        if at % 50 == 1 or every > 1:  # and, with nothing given up, is what it was at first
             as_new(editor)
             unchanged(before, state(editor))
+        if at % 50 == 1:
             np.testing.assert_array_equal(run(editor, pass_), meant)
     # What is made outside the passes, such as the opened picture, has no cheaper way.
     assert ended["less"] > 20 * ended["line"]
@@ -275,8 +276,8 @@ def test_the_command_line_says_it_in_one_line(
 
 
 def test_less_memory_from_the_start(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        testing.tiny_pipeline(seed=len(name)).save_pretrained(tmp_path / name)
+    for seed, name in enumerate(("one", "two")):
+        testing.tiny_pipeline(seed=seed).save_pretrained(tmp_path / name)
     passes = [MASKED, Pass(prompt="b", steps=2, model=str(tmp_path / "two"), edits=(Img2Img(),))]
     usual = Editor.load(tmp_path / "one", device="cpu").run(PICTURE, passes, seed=1)
     editor = Editor.load(tmp_path / "one", device="cpu", low_memory=True)

@@ -277,29 +277,55 @@ def test_a_model_that_does_not_fit_is_loaded_all_the_same(
     assert placed == [None]
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
-def test_what_a_family_sets_up_may_find_no_memory_either(
-    device: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+@pytest.fixture
+def upcast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """A model in `xl` whose autoencoder is set up in float32; whether each attempt finds memory."""
     pipe: Any = SDXL.pipeline()
     pipe.vae.register_to_config(force_upcast=True)
     SDXL.save(pipe, tmp_path / "xl")
+    finds: list[bool] = []
 
     def to(self: Any, *_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+        if not finds.pop(0):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
 
     monkeypatch.setattr(StableDiffusionXL, "_vae_dtype", torch.float16)
     monkeypatch.setattr(type(pipe.vae), "to", to)
     monkeypatch.setattr(holding, "place", lambda *_: None)
     monkeypatch.setattr(devices, "chosen", lambda device: torch.device(device))
-    line = ["edit", "-o", str(tmp_path / "a.png"), "-p", "x", "--size", "64x64", "--dtype"]
-    line += ["float32", "--device", device, "--model", str(tmp_path / "xl")]
-    assert main(line) == 2
-    told = capsys.readouterr().err.strip().splitlines()[-1]
-    assert told.startswith(f"diffedit: {tmp_path / 'xl'}: cannot be loaded (CUDA out of mem")
+    return finds
+
+
+@pytest.mark.parametrize(
+    ("device", "finds"), [("cpu", [False]), ("cuda:0", [False, True]), ("cuda:0", [False, False])]
+)
+def test_what_a_family_sets_up_may_find_no_memory_either(
+    device: str,
+    finds: list[bool],
+    upcast: list[bool],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    upcast += finds
+    if finds[-1]:
+        Editor.load(tmp_path / "xl", device=device, dtype="float32")
+    else:
+        with pytest.raises(errors.ModelError, match=r"xl: cannot be loaded \(CUDA out of memory"):
+            Editor.load(tmp_path / "xl", device=device, dtype="float32")
+    assert upcast == []
+    assert caplog.text.count("its weights stay in main memory") == len(finds) - 1
+
+
+def test_a_model_that_a_pass_names_and_that_does_not_fit_is_named(
+    upcast: list[bool], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    upcast.append(False)
+    file = tmp_path / "two.yaml"
+    passes = f"passes: [{{prompt: x, steps: 1}}, {{prompt: y, steps: 2, model: {tmp_path / 'xl'}}}]"
+    file.write_text(f"size: 64x64\n{passes}\n", "utf-8")
+    assert main(["run", str(file), "-o", str(tmp_path / "a.png"), "--device", "cpu"]) == 2
+    (told,) = capsys.readouterr().err.strip().splitlines()
+    assert told.startswith(f"diffedit: {tmp_path / 'xl'}: cannot be loaded (CUDA out of memory")
 
 
 def test_every_model_of_a_workflow_has_the_room(

@@ -54,8 +54,8 @@ from diffedit.errors import InputError
 @click.option(
     "--low-memory",
     is_flag=True,
-    help="Take less memory from the start, more slowly: predict one after the other, encode and"
-    " decode in tiles.",
+    help="Take less memory from the start, more slowly: predictions one after the other, large"
+    " pictures in tiles.",
 )
 @click.option(
     "--auth",

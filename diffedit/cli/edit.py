@@ -70,8 +70,8 @@ def shared_options(command: Command) -> Command:
             click.option(
                 "--low-memory",
                 is_flag=True,
-                help="Take less memory from the start, more slowly: predict one after the other,"
-                " encode and decode in tiles.",
+                help="Take less memory from the start, more slowly: predictions one after the"
+                " other, large pictures in tiles.",
             ),
             click.option("--json", "as_json", is_flag=True, help="Print a report as JSON."),
             verbose_option,

@@ -68,10 +68,10 @@ def load(
             find no room stay in main memory, and are copied when they compute, which makes the
             same picture more slowly. Latents and what is computed from them come on top. None: all
             there is.
-        low_memory: do from the start what is otherwise done once memory has run out: predict one
-            after the other, and encode and decode in tiles. Large pictures come out a little
-            different where tiles meet. (A process that has taken all main memory is ended by the
-            system, without a word that could be caught.)
+        low_memory: do from the start what is otherwise done first when memory has run out:
+            predictions one after the other, several pictures in turn and large ones in tiles
+            through the autoencoder. They come out a little different where tiles meet. (A process
+            that has taken all main memory is ended by the system, without an error to catch.)
 
     Raises:
         UnsafeWeights: the weights are pickled.
@@ -113,8 +113,8 @@ def load(
         if not hasattr(model, "replaced"):
             raise ModelError(f"{source}: models of its family take no other autoencoder")
         model.replaced = {"vae": str(vae)}
-    if low_memory:
-        model.save_memory()
+    if low_memory and model.save_memory() is None:
+        log.warning("%s: models of its family know no way to take less memory", source)
     if compiled:
         if not hasattr(model, "compile"):
             raise ModelError(f"{source}: models of its family cannot be compiled")

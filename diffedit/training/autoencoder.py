@@ -22,7 +22,7 @@ from diffedit.training.data import Subset, split
 from diffedit.training.denoising import source
 from diffedit.training.export import export, fold_statistics
 from diffedit.training.loop import Picture, Rows
-from diffedit.training.optim import optimizers
+from diffedit.training.optim import adamw, optimizers
 from diffedit.training.pictures import psnr, stored, to_pictures, to_tensor
 from diffedit.training.world.source import Drawn
 
@@ -67,7 +67,7 @@ class AutoencoderTask:
                 f"crops of {crop} pixels of pictures of {side}: should be no larger, and both"
                 f" multiples of {self.factor}"
             )
-        self.data = rest.digest
+        self.digest = rest.digest
         self.pictures_on_disk = stored(training.out, rest)
         self.held = {name: stored(training.out, held)[rows] for name, rows in _groups(held).items()}
         self.vae.requires_grad_(True).train()
@@ -84,9 +84,7 @@ class AutoencoderTask:
         if training.adversarial:
             self.modules = {**self.modules, "discriminator": self.judge}
             # Less momentum than usual: what it is to find moves.
-            own = torch.optim.AdamW(
-                self.judge.parameters(), lr=training.optimiser.rate, betas=(0.5, 0.9)
-            )
+            own = adamw([*self.judge.parameters()], training.optimiser.rate, betas=(0.5, 0.9))
             self.optimizers = [*self.optimizers, own]
 
     def batch(self, step: int, generator: torch.Generator) -> Rows:

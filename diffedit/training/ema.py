@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from diffedit.errors import InputError
-from diffedit.training.threads import cores, in_parallel
+from diffedit.training.threads import in_parallel, shares
 
 Weights = dict[str, dict[str, Tensor]]
 """Module name to key to tensor."""
@@ -89,8 +89,7 @@ class Ema:
             shadow = self.shadow[name]
             pairs = [(shadow[key], value) for key, value in module.state_dict().items()]
             if all(value.device.type == "cpu" for _, value in pairs):
-                shares = [pairs[k :: cores()] for k in range(cores())]
-                in_parallel(partial(_move, rest=rest), shares)
+                in_parallel(partial(_move, rest=rest), shares(pairs, lambda pair: pair[1].numel()))
             else:
                 _move(pairs, rest)
 

@@ -37,7 +37,7 @@ from diffedit.training.files import whole_file
 from diffedit.training.logbook import Logbook
 from diffedit.training.optim import lr_factor
 from diffedit.training.precision import resolve
-from diffedit.training.threads import cores, in_parallel, keep_memory, one_core
+from diffedit.training.threads import cores, in_parallel, keep_memory, one_core, shares
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +59,8 @@ class Task(Protocol):
     optimizers: Sequence[torch.optim.Optimizer]
 
     @property
-    def data(self) -> str:
-        """A digest of all examples."""
+    def digest(self) -> str:
+        """Of the examples, as they are learned from."""
         ...
 
     def batch(self, step: int, generator: torch.Generator) -> Rows:
@@ -150,7 +150,7 @@ def train(
             raise InputError(
                 f"{checkpoint} is there already: go on with --resume, or name another 'out'"
             )
-        report = _load(task, ema, checkpoint, training)
+        report = _load(task, ema, checkpoint, training, aloud=machine.is_main_process)
         log.info("resumed at step %d", report.step)
     loop = _Loop(task, training, machine, ema, report, plan)
     book = Logbook(
@@ -287,7 +287,7 @@ class _Loop:
             return loss.detach().double()
         done = in_parallel(partial(self.part, total=total), parts)
         columns = list(zip(self.params, *(grads for _, grads in done), strict=True))
-        in_parallel(_add, [columns[k :: cores()] for k in range(cores())])
+        in_parallel(_add, shares(columns, lambda column: column[0].numel()))
         return sum((loss for loss, _ in done[1:]), start=done[0][0])
 
     def part(self, rows: Rows, total: int) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -305,11 +305,11 @@ class _Loop:
         if self.machine.device.type != "cpu":
             had: Tensor = nn.utils.clip_grad_norm_(self.params, most)
             return had
-        shares = [self.params[k :: cores()] for k in range(cores())]
-        norms = in_parallel(_norm, shares)
+        dealt = shares(self.params, nn.Parameter.numel)
+        norms = in_parallel(_norm, dealt)
         norm: Tensor = torch.stack(norms).norm()
         if not norm + 1e-6 <= most:  # else torch would multiply all of them by 1
-            in_parallel(partial(_clip, most=most, norm=norm), shares)
+            in_parallel(partial(_clip, most=most, norm=norm), dealt)
         return norm
 
     def clear(self) -> None:
@@ -373,7 +373,7 @@ def _dealt(rows: Rows, count: int) -> list[Rows]:
 def _save(task: Task, ema: Ema, report: Report, checkpoint: Path, training: Training) -> None:
     state: dict[str, Any] = {
         "training": training.model_dump(mode="json"),
-        "data": task.data,
+        "examples": task.digest,
         "modules": {name: module.state_dict() for name, module in task.modules.items()},
         "optimizers": [opt.state_dict() for opt in task.optimizers],
         "ema": ema.shadow,
@@ -385,7 +385,7 @@ def _save(task: Task, ema: Ema, report: Report, checkpoint: Path, training: Trai
         torch.save(state, file)
 
 
-def _load(task: Task, ema: Ema, checkpoint: Path, training: Training) -> Report:
+def _load(task: Task, ema: Ema, checkpoint: Path, training: Training, *, aloud: bool) -> Report:
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
         made_with = state["training"]
@@ -412,11 +412,11 @@ def _load(task: Task, ema: Ema, checkpoint: Path, training: Training) -> Report:
             f"{checkpoint} has weights of other shapes: the model or the words of the data are no"
             " longer those it was begun with; bring them back, or name another 'out'"
         ) from None
-    if state.get("data", task.data) != task.data:
+    if aloud and state.get("examples", task.digest) != task.digest:
         # Not refused: somebody may have taken a spoilt picture out, hours after the start.
         log.warning(
-            "%s: its data, or what encodes them, have changed since: it goes on with the present"
-            " ones, and not as it would have gone on with those",
+            "%s: its data, or what encodes them, are others than at its start (files of more than"
+            " 256 MiB in all are known by their times): it goes on with the present ones",
             checkpoint,
         )
     for opt, own in zip(task.optimizers, rates, strict=True):

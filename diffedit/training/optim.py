@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffedit.training.config import Optimiser
 from diffedit.training.precision import multiplies_bf16
-from diffedit.training.threads import cores, in_parallel
+from diffedit.training.threads import in_parallel, shares
 
 _STACK = 4
 """Matrices of one shape that are orthogonalised in one go."""
@@ -81,19 +82,29 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     return made
 
 
-class SharedOut(torch.optim.AdamW):
-    """AdamW whose parameters are shared out to the cores, each one's in one pass over them."""
+class ParallelAdamW(torch.optim.AdamW):
+    """AdamW of which each core updates a share of the parameters."""
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update."""
-        shares = []
-        for core in range(cores()):
-            share = copy.copy(self)  # with the same state
-            share.param_groups = [
-                {**group, "params": group["params"][core :: cores()]} for group in self.param_groups
+        dealt = [shares(group["params"], Tensor.numel) for group in self.param_groups]
+        parts = []
+        for groups in zip(*dealt, strict=True):
+            part = copy.copy(self)  # with the same state
+            part.param_groups = [
+                {**group, "params": some}
+                for group, some in zip(self.param_groups, groups, strict=True)
             ]
-            shares.append(share)
-        in_parallel(torch.optim.AdamW.step, shares)
+            parts.append(part)
+        in_parallel(torch.optim.AdamW.step, parts)
+
+
+def adamw(params: Sequence[nn.Parameter], rate: float, **options: Any) -> torch.optim.AdamW:
+    """AdamW as it is fastest where the parameters are."""
+    if all(param.device.type == "cpu" for param in params):
+        # One pass over the weights instead of a dozen. On CUDA torch's default is as fast.
+        return ParallelAdamW(params, lr=rate, fused=True, **options)
+    return torch.optim.AdamW(params, lr=rate, **options)
 
 
 def optimizers(modules: Iterable[nn.Module], how: Optimiser) -> list[torch.optim.Optimizer]:
@@ -116,18 +127,7 @@ def optimizers(modules: Iterable[nn.Module], how: Optimiser) -> list[torch.optim
     if matrices:
         made.append(Muon(matrices, lr=how.muon_rate))
     if others:
-        on_cpu = all(param.device.type == "cpu" for param in others)
-        kind = SharedOut if on_cpu else torch.optim.AdamW
-        made.append(
-            kind(
-                others,
-                lr=how.rate,
-                betas=(0.9, 0.98),
-                weight_decay=how.weight_decay,
-                # One pass over the weights instead of a dozen. On CUDA torch's default is as fast.
-                fused=on_cpu or None,
-            )
-        )
+        made.append(adamw(others, how.rate, betas=(0.9, 0.98), weight_decay=how.weight_decay))
     return made
 
 

@@ -35,6 +35,20 @@ def in_parallel(function: Callable[[_Item], _Made], items: Iterable[_Item]) -> l
     return list(_pool().map(function, items))
 
 
+def shares(items: Iterable[_Item], size: Callable[[_Item], int]) -> list[list[_Item]]:
+    """One list for each core, of much the same size in all: the largest first, to whom has least.
+
+    Dealt out in turn instead, weights would all come to one core and biases to the next.
+    """
+    made: list[list[_Item]] = [[] for _ in range(cores())]
+    sizes = [0] * len(made)
+    for item in sorted(items, key=size, reverse=True):
+        least = sizes.index(min(sizes))
+        made[least].append(item)
+        sizes[least] += size(item)
+    return made
+
+
 @cache
 def keep_memory() -> bool:
     """Have the C library keep freed memory for the next tensors; whether it does (glibc).

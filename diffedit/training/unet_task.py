@@ -41,8 +41,8 @@ class UNetTask(Generic[_Training]):
         self.parts = models.load(training.model, device)
 
     @property
-    def data(self) -> str:
-        """A digest of the examples as they are encoded."""
+    def digest(self) -> str:
+        """Of the examples, and of what encodes them."""
         return self.latents.cache.key
 
     def found(self) -> Source:

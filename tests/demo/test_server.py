@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffedit import Editor
 from diffedit.cli import cli, main
 from diffedit_demo import server as serving
 from diffedit_demo.command import demo, read_users
@@ -1053,7 +1054,8 @@ page.look = lambda: {"css": "p {}"}
 def build(sources, sessions, options):
     import gradio as gr
     with gr.Blocks() as blocks:
-        gr.Markdown(f"models: {list(sources)}, {options.dtype}")
+        said = options.dtype, options.max_memory, options.low_memory
+        gr.Markdown(f"models: {list(sources)}, {said}")
     return blocks
 page.build = build
 sys.modules["diffedit_demo.page"] = page
@@ -1072,6 +1074,7 @@ def test_the_command_serves_until_it_is_stopped(
     tmp_path: Path, stop: signal.Signals, code: int, said: str
 ) -> None:
     options = ["--port", "0", "--model", "one", "--model", "two", "--dtype", "float16"]
+    options += ["--max-memory", "2GB", "--low-memory"]
     process = subprocess.Popen(
         [sys.executable, "-c", PAGE, "demo", *options],
         stdout=subprocess.PIPE,
@@ -1086,7 +1089,9 @@ def test_the_command_serves_until_it_is_stopped(
         line = process.stdout.readline().strip()
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+", line), line or process.communicate()[1]
         with httpx.Client(base_url=line, verify=TRUST) as client:
-            assert "models: ['one', 'two', 'tiny'], float16" in str(client.get("/config").json())
+            components = client.get("/config").json()["components"]
+            shown = [one["props"].get("value") for one in components]
+            assert "models: ['one', 'two', 'tiny'], ('float16', '2GB', True)" in shown
             assert "p {}" in client.get("/").text
             answer = client.post(f"{API}/upload", files={"files": ("a.png", png())})
             assert Path(answer.json()[0]).is_relative_to(tmp_path)
@@ -1101,3 +1106,18 @@ def test_the_command_serves_until_it_is_stopped(
     finally:
         process.kill()
         process.communicate()
+
+
+def test_models_are_loaded_as_the_command_line_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffedit_demo import page
+
+    loaded: list[dict[str, Any]] = []
+    monkeypatch.setattr(Editor, "load", lambda source, **said: loaded.append(said))
+    monkeypatch.setattr(page, "page", lambda workspace: workspace)
+    said: dict[str, Any] = {"device": "cpu", "dtype": "float16"}
+    said |= {"max_memory": "2GB", "low_memory": True}
+    workspace: Any = page.build(("tiny",), Sessions(tmp_path), Options(**said))
+    workspace.models._load("tiny")
+    assert loaded == [said]

@@ -1,4 +1,4 @@
-"""All that a model is, so that what a pass leaves behind can be seen (law 6)."""
+"""All that a model's networks are, so that what a pass leaves behind is seen (law 6)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def state(editor: Editor) -> dict[str, Any]:
                 found[f"{number}.{name} ({kind})"] = (
                     id(held),
                     held.requires_grad,
-                    [(one.dtype, one.shape, one.device, _bits(one)) for one in constituents(held)],
+                    [_frozen(one) for one in constituents(held)],
                 )
     pipe: Any = getattr(editor.model, "pipe", None)
     for name, tokenizer in getattr(pipe, "components", {}).items():
@@ -48,10 +48,20 @@ def unchanged(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
 def _own(module: nn.Module) -> dict[str, Any]:
     """Hooks, mode, processor, ways of computing, and whatever else was set on a module."""
     own = {key: value for key, value in vars(module).items() if key not in {*_HELD, *_FRAMES}}
-    own = {key: dict(value) if isinstance(value, dict) else value for key, value in own.items()}
     if hasattr(own.get("processor"), "__dict__"):
-        own["processor's"] = dict(vars(own["processor"]))
-    return own
+        own["processor's"] = vars(own["processor"])
+    return {key: _frozen(value) for key, value in own.items()}
+
+
+def _frozen(value: Any) -> Any:
+    """A copy of what may be changed in place; anything else is itself."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.shape, value.device, _bits(value)
+    if isinstance(value, dict):
+        return {key: _frozen(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_frozen(one) for one in value]
+    return set(value) if isinstance(value, set) else value
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -62,7 +72,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.device == b.device and torch.equal(a, b)
+        return a.shape == b.shape and torch.equal(a, b)
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):

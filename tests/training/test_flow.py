@@ -102,7 +102,7 @@ class _FlowTask:
             [self.unet], training.optimiser
         )
         self.batch = self.latents.batch
-        self.data = "drawn from a Gaussian"
+        self.digest = "drawn from a Gaussian"
 
     def predict(self, x_t: Tensor, timestep: Tensor, words: Tensor | None = None) -> Tensor:
         made: Tensor = self.unet(x_t, timestep)

@@ -35,7 +35,7 @@ class LineTask:
             [self.net], training.optimiser
         )
         self.size, self.broken_at, self.kill_at = training.batch, broken_at, -1
-        self.data = "a line"
+        self.digest = "a line"
 
     def batch(self, step: int, generator: torch.Generator) -> Rows:
         x = torch.randn(self.size, 3, generator=generator)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from diffedit import Editor
+from diffedit.training import optim, threads
 from diffedit.training.config import Optimiser
-from diffedit.training.optim import Muon, SharedOut, lr_factor, optimizers, orthogonalise
+from diffedit.training.optim import Muon, lr_factor, optimizers, orthogonalise
+from diffedit.training.threads import shares
 
 
 @pytest.mark.parametrize("shape", [(2, 12, 12), (1, 8, 40), (3, 40, 8)])
@@ -42,34 +48,59 @@ def test_muon_takes_hidden_weights_and_adamw_all_else() -> None:
     assert others == wanted
 
 
-@pytest.mark.parametrize("number", [1, 7])
-def test_shared_out_to_the_cores_adamw_does_the_same(number: int) -> None:
-    def layers() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.Sequential(*(nn.Linear(5, 5) for _ in range(number)))
+@pytest.mark.parametrize("layers", [1, 7])
+def test_shared_out_to_the_cores_adamw_does_the_same(
+    layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "cores", lambda: 4)
+    shared_out: list[list[int]] = []
+    in_parallel = threads.in_parallel
 
-    one, other = layers(), layers()
-    (shared,) = optimizers([one], Optimiser(rate=0.01))
-    assert isinstance(shared, SharedOut)
+    def noted(step: Any, parts: list[torch.optim.Optimizer]) -> Any:
+        given = [[p for group in part.param_groups for p in group["params"]] for part in parts]
+        shared_out.append([sum(p.numel() for p in some) for some in given])
+        assert {id(p) for some in given for p in some} == {id(p) for p in one.parameters()}
+        return in_parallel(step, parts)
+
+    monkeypatch.setattr(optim, "in_parallel", noted)
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(*(nn.Linear(5, 5) for _ in range(layers)))
+
+    one, other = made(), made()
+    how = Optimiser(rate=0.01, weight_decay=0.1)
+    (shared,) = optimizers([one], how)
     plain = torch.optim.AdamW(
-        other.parameters(), lr=0.01, betas=(0.9, 0.98), weight_decay=Optimiser().weight_decay,
-        fused=True,
-    )  # fmt: skip
-    for step in range(5):
+        other.parameters(), lr=0.01, betas=(0.9, 0.98), weight_decay=0.1, fused=True
+    )
+
+    def step(number: int) -> None:
         for module, optimizer in ((one, shared), (other, plain)):
-            torch.manual_seed(step)
-            optimizer.param_groups[0]["lr"] = 0.01 / (1 + step)
+            torch.manual_seed(number)
+            optimizer.param_groups[0]["lr"] = 0.01 / (1 + number)
             for param in module.parameters():
                 param.grad = torch.randn(param.shape)
             optimizer.step()
-    for a, b in zip(one.parameters(), other.parameters(), strict=True):
-        assert torch.equal(a, b)
-    # And a checkpoint of either is one of the other.
-    told, wanted = shared.state_dict(), plain.state_dict()
-    assert told["state"].keys() == wanted["state"].keys()
-    for key, state in wanted["state"].items():
-        assert all(torch.equal(told["state"][key][name], value) for name, value in state.items())
+        assert all(map(torch.equal, one.parameters(), other.parameters()))
+
+    for number in range(3):
+        step(number)
+    # A checkpoint of either is one of the other.
+    told, wanted = copy.deepcopy(shared.state_dict()), copy.deepcopy(plain.state_dict())
     assert told["param_groups"] == wanted["param_groups"]
+    shared.load_state_dict(wanted)
+    plain.load_state_dict(told)
+    step(3)
+    assert len(shared_out) == 4
+    assert max(shared_out[0]) <= max(25, 0.4 * sum(shared_out[0]))
+
+
+def test_every_core_has_much_the_same_to_do() -> None:
+    unet = Editor.load(device="cpu").model.denoiser  # type: ignore[attr-defined]
+    sizes = [sum(p.numel() for p in some) for some in shares(unet.parameters(), Tensor.numel)]
+    assert sum(sizes) == sum(p.numel() for p in unet.parameters())
+    assert max(sizes) < 1.01 * min(sizes)
 
 
 def test_muon_finds_the_least_squares_solution() -> None:
