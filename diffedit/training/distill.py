@@ -32,6 +32,9 @@ _LAYERS = (
 _C = 1e-3
 """Of the pseudo-Huber loss: where it turns from squares to absolute values."""
 
+_OWN = 7 / 8
+"""Of a batch: the share that the student comes to by itself; the rest keeps it the teacher's."""
+
 _SCALING, _SIGMA_DATA = 10.0, 0.5
 """Of the boundary condition, as diffusers' ``LCMScheduler`` has them."""
 
@@ -202,7 +205,8 @@ class GuidanceTask(DistillTask):
     Meng et al. 2023 (arXiv:2210.03142, section 3.1, the first of their two stages). Trajectories
     stay those of the teacher, so any sampler of the model takes the result, in any number of steps;
     few are enough for one of high order. A small LoRA cannot follow the teacher everywhere, so that
-    half of the examples are at the times which those few steps visit.
+    most examples are what the student itself comes to in those few steps, with what the teacher
+    says of it (Ross et al. 2011, DAgger, arXiv:1011.0686): its errors do not add up unseen.
     """
 
     sampler: ClassVar[str] = "unipc"
@@ -216,23 +220,42 @@ class GuidanceTask(DistillTask):
         self.visited = times.double() / self.process.steps if flow else times
 
     def batch(self, step: int, generator: torch.Generator) -> Rows:
-        """As for every training, with half of the rows at the times that are visited."""
+        """As for every training, and ``calls``: after how many of its own; -1: noised latents."""
         rows = super().batch(step, generator)
         time = rows["time"].clone()
-        # Any half: times may be drawn in ascending order.
-        moved = torch.randperm(len(time), generator=generator)[: len(time) // 2]
-        chosen = torch.randint(len(self.visited), (len(moved),), generator=generator)
-        time[moved] = self.visited[chosen].to(time)
-        return {**rows, "time": time}
+        # Any of them: times may be drawn in ascending order.
+        own = torch.randperm(len(time), generator=generator)[: int(_OWN * len(time))]
+        calls = torch.full((len(time),), -1)
+        calls[own] = torch.arange(step, step + len(own)) % len(self.visited)
+        time[own] = self.visited[calls[own]].to(time)
+        return {**rows, "time": time, "calls": calls}
 
     def errors(self, rows: Rows) -> Tensor:
         """The squared error of the student's prediction, (n,)."""
         x_t, steps = self.latents.noised(rows)
         words = self.latents.words(rows)
+        if "calls" in rows:
+            x_t = self.reached(x_t, rows["noise"].to(self.device), words, rows["calls"])
         made = self.parts.unet(x_t, steps, encoder_hidden_states=words).sample
         with torch.no_grad():
             target = self.guided(x_t, rows["time"], words)
         return losses.mse(made, target)
+
+    @torch.no_grad()
+    def reached(self, x_t: Tensor, noise: Tensor, words: Tensor, calls: Tensor) -> Tensor:
+        """``x_t``; of rows with ``calls`` ≥ 0 what the student makes of the noise in so many."""
+        x_t = x_t.clone()
+        for count in sorted(set(calls.tolist()) - {-1}):
+            rows = (calls == count).nonzero()[:, 0].to(self.device)
+            scheduler = self.scheduler()
+            scheduler.set_timesteps(self.training.few, device=self.device)
+            x = noise[rows] * scheduler.init_noise_sigma
+            for t in scheduler.timesteps[:count]:
+                seen = scheduler.scale_model_input(x, t)
+                made = self.parts.unet(seen, t, encoder_hidden_states=words[rows]).sample
+                x = scheduler.step(made, t, x, return_dict=False)[0]
+            x_t[rows] = x.to(x_t.dtype)
+        return x_t
 
     def scheduler(self) -> UniPCMultistepScheduler:
         """A multistep solver that comes near the trajectory's end in few steps."""
