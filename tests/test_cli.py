@@ -527,7 +527,7 @@ def test_models(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "info", "tiny", "--json"]) == 0
     known = json.loads(capfd.readouterr().out)
     assert known["control networks"] == ["hints (canny, depth, segments)", "inpaint"]
-    assert "LoRAs" not in known
+    assert known["LoRAs"] == {"few": "steps 4, guidance 1.0, scheduler unipc"}
     several = model / "controlnet" / "canny"
     several.mkdir(parents=True)
     (several / "config.json").write_text("{}")

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline, UniPCMultistepScheduler
 from peft import set_peft_model_state_dict
 from torch import Tensor
 
 from diffedit import Call, Editor, Pass
 from diffedit.errors import CapabilityError, ModelError, PluginError, UnsafeWeights
+from diffedit.models.loading import EMBEDDED
 from diffedit.models.lora import USUAL as FILE
 from diffedit_img2img import Img2Img
 from diffedit_lora import LoRA
@@ -481,3 +483,38 @@ def test_what_mattered_in_training_only_does_not_act(tmp_path: Path) -> None:
     )
     assert torch.equal(plain, dropping)
     assert torch.equal(dropping, again)
+
+
+def test_the_embedded_models_own_draws_in_four_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the README says it; the latents are those of diffusers' pipeline with the same file."""
+    editor = Editor.load(device="cpu", dtype="float32")
+    rows: list[int] = []
+    predict = editor.model.predict
+
+    def counted(x: Any) -> Tensor:
+        rows.append(len(x.rows))
+        return predict(x)
+
+    monkeypatch.setattr(editor.model, "predict", counted)
+    few = LoRA(model="few")
+    pass_ = Pass(prompt="a red circle", steps=4, guidance=1, scheduler="unipc", edits=[few])
+    made = editor.run(None, pass_, seed=2, compat=True)
+    assert rows == [1] * 4
+    pipe: Any = StableDiffusionPipeline.from_pretrained(EMBEDDED, torch_dtype=torch.float32)
+    pipe.load_lora_weights(EMBEDDED / "lora" / "few")
+    pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        "a red circle",
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        generator=torch.Generator().manual_seed(2),
+        output_type="latent",
+    ).images
+    assert made.latents is not None
+    assert torch.equal(made.latents, theirs)
+    red, green, blue = made.pixels[96:160, 96:160].reshape(-1, 3).mean(axis=0)
+    assert red > 1.5 * max(green, blue)
+    plain = editor.run(None, pass_.model_copy(update={"edits": ()}), seed=2, compat=True).latents
+    assert plain is not None
+    assert not torch.equal(plain, theirs)

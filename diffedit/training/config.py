@@ -279,7 +279,8 @@ class DistillTraining(Training):
     @model_validator(mode="after")
     def _enough_steps(self) -> Self:
         if self.method == "guidance":
-            if "solver_steps" in self.model_fields_set:
+            # Not whether it was said: a checkpoint says all settings.
+            if self.solver_steps != type(self).model_fields["solver_steps"].default:
                 raise ValueError("solver_steps: of method consistency, method guidance solves none")
         elif self.few > self.solver_steps:
             raise ValueError(f"few {self.few} is more than solver_steps {self.solver_steps}")

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from diffedit import Editor
 from diffedit.errors import InputError
-from diffedit.training import config
+from diffedit.training import card, config
 from diffedit.training.config import DistillTraining, Objective
 from diffedit.training.denoising import scheduler_for
 from diffedit.training.distill import ConsistencyTask, DistillTask, GuidanceTask, boundary
@@ -541,3 +541,14 @@ def test_what_cannot_be_is_said(
 ) -> None:
     with pytest.raises(InputError, match=said):
         _task(tmp_path, small_model, **changes)
+
+
+@BOTH
+def test_the_card_tells_how_it_was_made(tmp_path: Path, small_model: Path, make: Make) -> None:
+    task = make(tmp_path, small_model)
+    how = task.training
+    train(task, how, accelerator(how))
+    told = card.history(how.out)
+    assert (told["train"], told["steps"]) == ("distill", 3)
+    assert told["settings"].get("method", "consistency") == how.method
+    assert told["settings"]["guidance"] == 3.0
