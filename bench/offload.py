@@ -3,7 +3,8 @@
 python -m bench.offload --model sd15,sdxl,flux
 
 Without a GPU the bytes are those of `bench.fake_gpu`, and there is no time to tell. The models are
-those of `bench.sizes`: settings of full size, random weights.
+those of `bench.sizes`: settings of full size, random weights. `--cpu` times calls on the CPU, with
+weights that are copied within main memory as they would be to a device.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import gc
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +24,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from torch import Tensor
 
 from bench import measure, sizes
 from bench.fake_gpu import GPU, Memory, bytes_on, gpu, networks
@@ -82,19 +85,60 @@ def costs(name: str, share: float, rounds: int = 0) -> Cost:
     return Cost(share, weights, weights + call, weights + memory.most, copied)
 
 
-def _placed(size: sizes.Size, pipe: Any, share: float) -> tuple[Any, ModelInput]:
-    """A model on the GPU, and a call of its denoiser for a picture of its own size."""
+def on_cpu(name: str, rounds: int, side: int | None = None) -> dict[float, list[float]]:
+    """Milliseconds of calls in bfloat16 on the CPU, by share; the shares take turns.
+
+    What a layer computes with is copied each time, as if the weights were elsewhere.
+
+    Args:
+        side: of the picture, in pixels; None: the model's own.
+    """
+    size = replace(sizes.MODELS[name], dtype=torch.bfloat16)
+    size = size if side is None else replace(size, side=side)
+    cpu = torch.device("cpu")
+    models = {share: _placed(size, sizes.made(size, cpu), share, cpu) for share in SHARES}
+    took: dict[float, list[float]] = {share: [] for share in SHARES}
+    with torch.no_grad(), _copied():
+        for turn in range(rounds + 1):
+            for share, (model, x) in models.items():
+                began = time.perf_counter()
+                model.predict(x)
+                if turn:  # the first one sets up
+                    took[share].append(1000 * (time.perf_counter() - began))
+    return took
+
+
+@contextmanager
+def _copied() -> Iterator[None]:
+    """While inside, weights that stay away are copied also where nothing is elsewhere."""
+    usual = holding._copies
+
+    def copies(layer: Any) -> tuple[Tensor, Tensor | None]:
+        weight, bias = usual(layer)
+        return weight.clone(), None if bias is None else bias.clone()
+
+    holding._copies = copies
+    try:
+        yield
+    finally:
+        holding._copies = usual
+
+
+def _placed(
+    size: sizes.Size, pipe: Any, share: float, on: torch.device = GPU
+) -> tuple[Any, ModelInput]:
+    """A model on a device, and a call of its denoiser for a picture of its own size."""
     room = int(share * sum(bytes_on(one, pipe) for one in ("cpu", "cuda")))
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
     parts = sorted(networks(pipe), key=lambda one: one is not denoiser)
-    holding.place(parts, GPU, room)
+    holding.place(parts, on, room)
     model = size.model(pipe, "random weights")
     branches = ("positive", "negative")[: 1 + size.negative]
     cells = size.side // model.cell
-    latents = torch.zeros(len(branches), model.channels, cells, cells, device=GPU)
+    latents = torch.zeros(len(branches), model.channels, cells, cells, device=on)
     given = model.embed(["a red circle"] * len(branches), (size.side, size.side))
     rows = RowMap(tuple(RowKey(branch, 0) for branch in branches))
-    timestep = torch.tensor(500.0, device=GPU)
+    timestep = torch.tensor(500.0, device=on)
     guidance = size.guidance if "embedded_guidance" in model.capabilities else None
     return model, ModelInput(latents, timestep, given, rows, guidance=guidance)
 
@@ -129,13 +173,33 @@ def table(found: dict[str, list[Cost]]) -> str:
     return "\n".join(lines)
 
 
+def timed(name: str, took: dict[float, list[float]]) -> str:
+    """What `on_cpu` found, as Markdown: ratios are those of calls that followed each other."""
+    lines = ["| model, bfloat16 on the CPU | room for the weights | ms | of all of them there |"]
+    lines.append("|---|---|---|---|")
+    for share, some in took.items():
+        ratios = [one / whole for one, whole in zip(some, took[1.0], strict=True)]
+        spread = f"{median(ratios):.2f}× ({min(ratios):.2f}–{max(ratios):.2f})"
+        lines.append(f"| {name} | {share:.0%} | {median(some):.0f} | {spread} |")
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and write to `bench/results`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="sd15,sdxl,flux")
     parser.add_argument("--rounds", type=int, default=5, help="calls that are timed, on a GPU")
+    parser.add_argument("--cpu", action="store_true", help="time calls on the CPU")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
+    where: dict[str, Any]
+    if options.cpu:
+        calls = {name: on_cpu(name, options.rounds) for name in options.model.split(",")}
+        print("\n\n".join(timed(name, took) for name, took in calls.items()))
+        where = {"machine": measure.machine("bfloat16"), "ms": calls}
+        path = options.out / f"{measure.today()}-{measure.commit()}-offload-cpu.json"
+        path.write_text(json.dumps(where, indent=1) + "\n", "utf-8")
+        return
     rounds = options.rounds if torch.cuda.is_available() else 0
     found: dict[str, list[Cost]] = {}
     for name in options.model.split(","):

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from bench import full_size, measure, offload, races, report, scenes, sizes, speed, training
 from bench.measure import Contestant, Ratio
 from bench.report import Report
+from diffedit.models import holding
 from diffedit.training.world.source import Drawn
 
 
@@ -183,6 +185,36 @@ def test_room_for_weights_is_what_a_model_takes_less_of_the_device() -> None:
     wide = torch.float32.itemsize / size.dtype.itemsize
     assert none.copied == held / wide
     assert "| nano | 0% |" in offload.table({"nano": [whole, half, none]})
+
+
+def test_calls_on_the_cpu_are_timed_with_weights_that_are_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[int] = []
+    usual = holding._copies
+
+    def noted(layer: Any) -> Any:
+        weight, bias = usual(layer)
+        copied.append(weight.nbytes + (0 if bias is None else bias.nbytes))
+        return weight, bias
+
+    monkeypatch.setattr(holding, "_copies", noted)
+    offload.main(["--cpu", "--model", "nano-sd15", "--rounds", "2", "--out", str(tmp_path)])
+    assert holding._copies is noted
+    (file,) = tmp_path.iterdir()
+    took = json.loads(file.read_text("utf-8"))["ms"]["nano-sd15"]
+    assert {share: len(some) for share, some in took.items()} == {"1.0": 2, "0.5": 2, "0.0": 2}
+    size = replace(sizes.MODELS["nano-sd15"], dtype=torch.bfloat16)
+    unet = size.make().unet.to(torch.bfloat16)
+    layers = (one for one in unet.modules() if isinstance(one, torch.nn.Linear | torch.nn.Conv2d))
+    held = sum(one.nbytes for layer in layers for one in layer.parameters(recurse=False))
+    assert held < sum(copied) / 3 < 2 * held  # all of them with no room, some with half
+    layer = torch.nn.Linear(2, 2)
+    with offload._copied():
+        weight, _ = holding._copies(layer)
+        assert weight.data_ptr() != layer.weight.data_ptr()
+    told = offload.timed("x", {1.0: [10.0, 20.0, 30.0], 0.0: [20.0, 30.0, 30.0]})
+    assert told.endswith("| x | 0% | 30 | 1.50× (1.00–2.00) |")
 
 
 def test_scenes_are_counted_and_in_each_round_others(

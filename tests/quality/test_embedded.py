@@ -17,11 +17,12 @@ import pytest
 from bench.quality import figures, measures, pictures
 from bench.quality.__main__ import _digest
 from bench.quality.cases import Case, balanced, cases
-from bench.quality.engines import Bench, Ours
+from bench.quality.engines import Bench, Few, Ours
 from bench.quality.figures import ALL_MASKS, IN_A_MASK, LOWER
 from bench.quality.judging import judge
 from diffedit import Editor, Pass
 from diffedit.models.loading import EMBEDDED
+from diffedit.models.lora import own_loras
 from diffedit.training import card
 from diffedit_img2img import Img2Img
 
@@ -42,7 +43,10 @@ Rows = list[dict[str, Any]]
 def bench() -> Bench:
     about = SHIPPED["about"]
     return Bench(
-        Editor.load(device="cpu", dtype="float32"), steps=about["steps"], guidance=about["guidance"]
+        Editor.load(device="cpu", dtype="float32"),
+        steps=about["steps"],
+        guidance=about["guidance"],
+        few=own_loras(str(EMBEDDED))["few"],
     )
 
 
@@ -55,11 +59,12 @@ def some(bench: Bench) -> list[Case]:
 
 @pytest.fixture(scope="module")
 def rows(bench: Bench, some: list[Case]) -> Rows:
-    ours, records = Ours(bench), {}
-    for case in some:
-        picture = ours.make(case)
-        values = judge(case, picture, bench.native, bench.feather)
-        records[case.id, "diffedit"] = {"values": values, "digest": measures.digest(picture)}
+    records = {}
+    for engine in (Ours(bench), Few(bench)):
+        for case in some:
+            picture = engine.make(case)
+            values = judge(case, picture, bench.native, bench.feather)
+            records[case.id, engine.name] = {"values": values, "digest": measures.digest(picture)}
     return figures.rows(some, records)
 
 
@@ -76,19 +81,21 @@ def test_the_card_s_figures_are_of_these_weights(bench: Bench) -> None:
     assert about["digest"] == _digest(bench)
     assert about["native"] == bench.native
     assert about["lora"] is None
+    assert about["few"] == "few"
 
 
 def test_the_card_s_verdicts_follow_from_its_figures() -> None:
     assert figures.gates(SHIPPED["rows"]) == SHIPPED["gates"]
 
 
-def test_the_model_does_what_the_card_says(rows: Rows) -> None:
+@pytest.mark.parametrize("engine", [Ours.name, Few.name])
+def test_the_model_does_what_the_card_says(rows: Rows, engine: str) -> None:
     shipped = {(r["category"], r["group"], r["measure"]): r["engines"] for r in SHIPPED["rows"]}
     compared, worse = 0, []
     for row in rows:
         where = row["category"], row["group"], row["measure"]
-        value, low, high, n = row["engines"]["diffedit"]
-        claimed = shipped.get(where, {}).get("diffedit")
+        value, low, high, n = row["engines"].get(engine, (0, 0, 0, 0))
+        claimed = shipped.get(where, {}).get(engine)
         if n < FEW or not claimed or None in (low, *claimed):
             continue
         compared += 1
