@@ -85,16 +85,12 @@ def costs(name: str, share: float, rounds: int = 0) -> Cost:
     return Cost(share, weights, weights + call, weights + memory.most, copied)
 
 
-def on_cpu(name: str, rounds: int, side: int | None = None) -> dict[float, list[float]]:
+def on_cpu(name: str, rounds: int) -> dict[float, list[float]]:
     """Milliseconds of calls in bfloat16 on the CPU, by share; the shares take turns.
 
     What a layer computes with is copied each time, as if the weights were elsewhere.
-
-    Args:
-        side: of the picture, in pixels; None: the model's own.
     """
     size = replace(sizes.MODELS[name], dtype=torch.bfloat16)
-    size = size if side is None else replace(size, side=side)
     cpu = torch.device("cpu")
     models = {share: _placed(size, sizes.made(size, cpu), share, cpu) for share in SHARES}
     took: dict[float, list[float]] = {share: [] for share in SHARES}
@@ -175,7 +171,7 @@ def table(found: dict[str, list[Cost]]) -> str:
 
 def timed(name: str, took: dict[float, list[float]]) -> str:
     """What `on_cpu` found, as Markdown: ratios are those of calls that followed each other."""
-    lines = ["| model, bfloat16 on the CPU | room for the weights | ms | of all of them there |"]
+    lines = ["| model, bfloat16 on the CPU | room for the weights | ms | beside room for all |"]
     lines.append("|---|---|---|---|")
     for share, some in took.items():
         ratios = [one / whole for one, whole in zip(some, took[1.0], strict=True)]
@@ -188,17 +184,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and write to `bench/results`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="sd15,sdxl,flux")
-    parser.add_argument("--rounds", type=int, default=5, help="calls that are timed, on a GPU")
+    parser.add_argument("--rounds", type=int, default=5, help="calls that are timed")
     parser.add_argument("--cpu", action="store_true", help="time calls on the CPU")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    where: dict[str, Any]
     if options.cpu:
         calls = {name: on_cpu(name, options.rounds) for name in options.model.split(",")}
         print("\n\n".join(timed(name, took) for name, took in calls.items()))
-        where = {"machine": measure.machine("bfloat16"), "ms": calls}
+        kept = {"machine": measure.machine("bfloat16"), "ms": calls}
         path = options.out / f"{measure.today()}-{measure.commit()}-offload-cpu.json"
-        path.write_text(json.dumps(where, indent=1) + "\n", "utf-8")
+        path.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
         return
     rounds = options.rounds if torch.cuda.is_available() else 0
     found: dict[str, list[Cost]] = {}
