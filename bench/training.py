@@ -114,11 +114,13 @@ def straightforward_loop(
         mixed: their ``--mixed_precision``.
     """
     from accelerate import Accelerator
+    from diffusers import UNet2DConditionModel
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
     from torch.utils.data import DataLoader, TensorDataset
     from tqdm import tqdm
 
+    from diffedit.models.loading import EMBEDDED, TINY
     from diffedit.training import parts
     from diffedit.training.denoising import Latents, source
 
@@ -129,8 +131,9 @@ def straightforward_loop(
     cached = Latents(how, how.objective, model, examples, embeddings=True).cache
     rows = cached.rows(list(range(len(cached))))
     assert rows.embeddings is not None
-    unet, noise_scheduler = model.unet, model.scheduler
-    unet.set_default_attn_processor()
+    noise_scheduler = model.scheduler
+    where = EMBEDDED if options.model == TINY else options.model
+    unet = UNet2DConditionModel.from_pretrained(where, subfolder="unet", torch_dtype=torch.float32)
     unet.requires_grad_(True).train()
 
     accelerator = Accelerator(cpu=True, mixed_precision=mixed)

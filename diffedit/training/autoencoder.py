@@ -21,6 +21,7 @@ from diffedit.training.config import AutoencoderTraining
 from diffedit.training.data import Subset, split
 from diffedit.training.denoising import source
 from diffedit.training.export import export, fold_statistics
+from diffedit.training.kernels import quick
 from diffedit.training.loop import Picture, Rows
 from diffedit.training.optim import adamw, optimizers
 from diffedit.training.pictures import psnr, stored, to_pictures, to_tensor
@@ -59,6 +60,7 @@ class AutoencoderTask:
         if training.widths is not None:
             made = new_autoencoder(training.widths, training.data.side).to(device)
             self.parts.vae = made.to(memory_format=torch.channels_last)
+            quick(made)
         self.vae = self.parts.vae
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         side, crop = training.data.side, training.crop

@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from diffedit.errors import InputError
 from diffedit.models import control
 from diffedit.models.stable_diffusion import StableDiffusion
-from diffedit.training import parts as models
 from diffedit.training.config import ControlNetTraining
 from diffedit.training.data import Example, Pixels, Source
 from diffedit.training.denoising import Latents, Predict, save_settings
 from diffedit.training.export import SHARD, edit_json
 from diffedit.training.files import whole_folder
 from diffedit.training.hints import Hinted
+from diffedit.training.kernels import quick
 from diffedit.training.loop import Picture, Rows
 from diffedit.training.parts import Parts
 from diffedit.training.unet_task import UNetTask, must_fit
@@ -139,7 +139,7 @@ class ControlNetTask(UNetTask[ControlNetTraining]):
             self.net: Any = new_controlnet(self.parts.unet, factor=factor, small=training.small)
         else:
             self.net = _started(training.start, self.parts.unet)
-        models.quick(self.net)
+        quick(self.net)
         self.net.requires_grad_(True).train()
         if training.checkpointing:
             self.net.enable_gradient_checkpointing()

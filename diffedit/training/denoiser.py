@@ -15,6 +15,7 @@ from diffedit.training.data import Source
 from diffedit.training.denoising import Latents, scheduler_for
 from diffedit.training.export import export
 from diffedit.training.grounding import Watched, grounding
+from diffedit.training.kernels import quick
 from diffedit.training.loop import Rows
 from diffedit.training.parts import Parts
 from diffedit.training.text import HIDDEN, build_text_encoder, build_tokenizer
@@ -48,9 +49,9 @@ class DenoiserTask(UNetTask[DenoiserTraining]):
                 sample_size=cells,
                 hidden=hidden,
             ).to(device)
-            models.quick(parts.unet)
             parts.scheduler = models.new_scheduler()
         parts.text_encoder.to(device)
+        quick(parts.unet, parts.text_encoder)
         frozen = training.text == "frozen"
         self.latents = Latents(
             training,

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffedit.errors import InputError, ModelError
 from diffedit.models.loading import EMBEDDED, TINY, components
+from diffedit.training.kernels import quick
 from diffedit.training.text import HIDDEN
 
 
@@ -42,16 +42,9 @@ def load(source: str, device: torch.device) -> Parts:
         raise ModelError(f"{source}: training takes text-to-image models of Stable Diffusion 1, 2")
     for module in (pipeline.vae, pipeline.text_encoder, unet):
         module.requires_grad_(False).eval().to(device)
-    quick(unet)
+    quick(pipeline.vae, pipeline.text_encoder, unet)
     pipeline.vae.to(memory_format=torch.channels_last)
     return Parts(pipeline.vae, pipeline.tokenizer, pipeline.text_encoder, unet, pipeline.scheduler)
-
-
-def quick(unet: Any) -> None:
-    """Attention as a CPU trains it fastest at these sizes; elsewhere it stays what it is."""
-    if next(unet.parameters()).device.type == "cpu":
-        # The fused kernel's backward costs more there than the whole plain attention.
-        unet.set_attn_processor(AttnProcessor())
 
 
 def new_unet(

@@ -61,8 +61,9 @@ def keep_memory() -> bool:
         option = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # no glibc
         return False
-    # M_MMAP_THRESHOLD at its greatest, M_TRIM_THRESHOLD, M_ARENA_MAX: all threads share one heap.
-    return all(option(*pair) for pair in ((-3, 32 << 20), (-1, 2**31 - 1), (-8, 1)))
+    # M_MMAP_THRESHOLD at its greatest, M_TRIM_THRESHOLD, and M_TOP_PAD: without it the heaps of
+    # threads shrink all the same. One heap for all of them (M_ARENA_MAX) has them wait for it.
+    return all(option(*pair) for pair in ((-3, 32 << 20), (-1, 2**31 - 1), (-2, 64 << 20)))
 
 
 @contextmanager

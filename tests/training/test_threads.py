@@ -54,6 +54,37 @@ told = [mapped(20), keep_memory(), mapped(28), mallinfo2().arena]
 print(json.dumps(told))
 """
 
+FAULTS = """
+import json, resource, torch
+from diffedit.training.threads import cores, in_parallel, keep_memory
+
+def work(_):
+    for _ in range(4):
+        blocks = [torch.ones(4 << 18) for _ in range(20)]  # freed together, a whole heap of them
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    in_parallel(work, range(cores()))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()  # the threads and their heaps are there before
+usual = faults()
+assert keep_memory()
+for _ in range(4):
+    faults()
+print(json.dumps([usual, min(faults() for _ in range(4))]))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the options are glibc's")
+def test_threads_keep_their_memory_too() -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True
+    ).stdout
+    usual, kept = json.loads(said)
+    assert usual >= 10_000  # pages
+    assert kept <= 1_000
+
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the options are glibc's")
 def test_memory_is_kept_for_the_next_tensors() -> None:
