@@ -132,11 +132,21 @@ def test_an_autoencoder_keeps_its_attention() -> None:
 
 
 @pytest.mark.parametrize(
-    ("vendors", "slow"),
-    [(["GenuineIntel"] * 2, False), (["AuthenticAMD"] * 2, True), ([], False), (None, False)],
+    ("vendors", "capability", "slow"),
+    [
+        (["GenuineIntel"] * 2, "AVX512", False),
+        (["AuthenticAMD"] * 2, "AVX512", True),
+        (["AuthenticAMD"] * 2, "AVX2", False),
+        ([], "AVX512", False),
+        (None, "AVX512", False),
+    ],
 )
-def test_mkl_is_slow_on_processors_that_are_not_intels(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vendors: list[str] | None, slow: bool
+def test_mkl_is_slow_on_wide_processors_that_are_not_intels(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    vendors: list[str] | None,
+    capability: str,
+    slow: bool,
 ) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     if vendors is not None:
@@ -144,6 +154,7 @@ def test_mkl_is_slow_on_processors_that_are_not_intels(
         cpuinfo.write_text("\n".join(rows))
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert mkl_is_slow(cpuinfo) == slow
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     mkl_is_slow.cache_clear()
