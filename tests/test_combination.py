@@ -122,6 +122,7 @@ def test_one_of_another_family_is_one_line_and_exit_code_2(
     said = {"model": edits[wrong].model}  # type: ignore[attr-defined]
     said |= {"image": str(tmp_path / "in.png")} if wrong == "ip_adapter" else {}
     line = ["edit", str(tmp_path / "in.png"), "-o", str(tmp_path / "out.png"), "-p", "x"]
+    capsys.readouterr()  # what making the models said
     assert main([*line, "--edit", f"{wrong}:{json.dumps(said)}"]) == 2  # for the embedded model
     (told,) = capsys.readouterr().err.strip().splitlines()
     assert said["model"] in told
