@@ -75,15 +75,21 @@ class Turns:
 
 @contextmanager
 def diffedit_loop(
-    folder: Path, options: argparse.Namespace, **changes: Any
+    folder: Path, options: argparse.Namespace, *, mkl: bool = False, **changes: Any
 ) -> Iterator[Callable[[], float]]:
-    """A step of ``diffedit train``, with all that it does at every step."""
-    from diffedit.training import loop
+    """A step of ``diffedit train``, with all that it does at every step.
+
+    Args:
+        mkl: whether products of matrices are left to MKL on every processor.
+    """
+    from diffedit.training import kernels, loop
     from diffedit.training.denoiser import DenoiserTask
     from diffedit.training.ema import Ema
     from diffedit.training.logbook import Logbook
     from diffedit.training.threads import keep_memory, one_core
 
+    if mkl:  # for the whole of this process, which is one contestant's
+        kernels.mkl_is_slow = lambda: False  # type: ignore[assignment]
     how = training(folder, options, out=folder / f"run-{os.getpid()}", **changes)
     machine = loop.accelerator(how)
     task = DenoiserTask(how, machine.device)
@@ -106,15 +112,17 @@ def diffedit_loop(
 
 @contextmanager
 def straightforward_loop(
-    folder: Path, options: argparse.Namespace, mixed: str = "no"
+    folder: Path, options: argparse.Namespace, mixed: str = "no", *, plain_attention: bool = False
 ) -> Iterator[Callable[[], float]]:
     """A step as scripts like diffusers' ``train_text_to_image.py`` make it.
 
     Args:
         mixed: their ``--mixed_precision``.
+        plain_attention: in place of torch's fused one, which diffusers takes by itself.
     """
     from accelerate import Accelerator
     from diffusers import UNet2DConditionModel
+    from diffusers.models.attention_processor import AttnProcessor
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
     from torch.utils.data import DataLoader, TensorDataset
@@ -132,8 +140,11 @@ def straightforward_loop(
     rows = cached.rows(list(range(len(cached))))
     assert rows.embeddings is not None
     noise_scheduler = model.scheduler
-    where = EMBEDDED if options.model == TINY else options.model
+    del model, cached, examples  # scripts that cache latents have one UNet in memory, no VAE
+    where = EMBEDDED if options.model == TINY else Path(options.model).expanduser()
     unet = UNet2DConditionModel.from_pretrained(where, subfolder="unet", torch_dtype=torch.float32)
+    if plain_attention:
+        unet.set_attn_processor(AttnProcessor())
     unet.requires_grad_(True).train()
 
     accelerator = Accelerator(cpu=True, mixed_precision=mixed)
@@ -191,6 +202,13 @@ CONTESTANTS: dict[str, tuple[str, Any, dict[str, Any], dict[str, str]]] = {
     ),
     "auto": ("diffedit train, precision auto", diffedit_loop, {"precision": "auto"}, {}),
     "plain-bf16": ("the straightforward loop in bf16", straightforward_loop, {"mixed": "bf16"}, {}),
+    "mkl": ("diffedit train, products by MKL", diffedit_loop, {"mkl": True}, {}),
+    "plain-attention": (
+        "the straightforward loop with plain attention",
+        straightforward_loop,
+        {"plain_attention": True},
+        {},
+    ),
     "plain-1": ("the same, one thread", straightforward_loop, {}, {"OMP_NUM_THREADS": "1"}),
     "fp32": ("fp32", diffedit_loop, {}, {}),
     "fp32-check": ("fp32, checkpointing", diffedit_loop, {"checkpointing": True}, {}),
@@ -275,7 +293,7 @@ class Runner:
 
 @contextmanager
 def running(names: Sequence[str], folder: Path, options: argparse.Namespace) -> Iterator[Any]:
-    """The named contestants, warmed up by two steps each."""
+    """The named contestants, warmed up by some steps each."""
     with ExitStack() as stack:
         runners = {}
         for name in names:
@@ -290,7 +308,8 @@ def running(names: Sequence[str], folder: Path, options: argparse.Namespace) -> 
 
 def speed(folder: Path, options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Samples per second, in turns."""
-    names = ["diffedit", "plain", "plain-asleep", "plain-1", "auto", "plain-bf16"]
+    names = ["diffedit", "mkl", "plain", "plain-attention", "plain-asleep", "plain-1"]
+    names += ["auto", "plain-bf16"]
     with running(names, folder, options) as runners:
         for number in range(options.rounds):
             # Whoever comes after a long turn of another finds cold caches: the order rotates.
@@ -305,9 +324,12 @@ def speed(folder: Path, options: argparse.Namespace) -> tuple[str, dict[str, Any
             rows.append(
                 f"| {one.name} | {rates} | {runner.peak:.0f} | {_mean(runner.losses):.3f} |"
             )
-        ours, plain, asleep, single, auto, half = (runners[name].contestant for name in names)
+        ours, mkl, plain, attention, asleep, single, auto, half = (
+            runners[name].contestant for name in names
+        )
         gain = ratios(plain, ours)
-        others = [ratios(one, ours) for one in (asleep, single)]
+        others = [ratios(one, ours) for one in (attention, asleep, single)]
+        others += [ratios(plain, mkl)]
         others += [ratios(one, auto) for one in (plain, half)]
         reached = "reached" if min(one.value for one in gain) >= 1.2 else "NOT REACHED"
         title = f"speed: {_about(options)}, {options.rounds} rounds of {options.steps} steps"
@@ -318,10 +340,12 @@ def speed(folder: Path, options: argparse.Namespace) -> tuple[str, dict[str, Any
             *rows,
             "",
             f"- the straightforward loop takes ≥ 1.2× as long: **{gain}**, {reached}",
-            f"- with threads that sleep while they wait for each other it takes {others[0]}",
-            f"- kept to one thread, which never waits for another, it takes {others[1]}",
-            f"- `diffedit train` as it decides on this machine: as it stands it takes {others[2]}",
-            f"- and in bf16 it takes {others[3]}",
+            f"- with plain attention, as diffedit trains, it takes {others[0]}",
+            f"- with threads that sleep while they wait for each other it takes {others[1]}",
+            f"- kept to one thread, which never waits for another, it takes {others[2]}",
+            f"- beside products left to MKL, as on Intel's processors, it takes {others[3]}",
+            f"- `diffedit train` as it decides on this machine: as it stands it takes {others[4]}",
+            f"- and in bf16 it takes {others[5]}",
         ]
         data = {
             "contestants": [r.contestant.record() | {"losses": r.losses} for r in runners.values()],
@@ -375,7 +399,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--what", choices=MEASURES, nargs="+", default=list(MEASURES))
     parser.add_argument("--rounds", type=int, default=7, help="timed turns of each (default 7)")
     parser.add_argument("--steps", type=int, default=2, help="steps of a turn (default 2)")
-    parser.add_argument("--warmup", type=int, default=2, help="untimed steps before (default 2)")
+    parser.add_argument("--warmup", type=int, default=8, help="untimed steps before (default 8)")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--side", type=int, default=128, help="of the pictures (default 128)")
     parser.add_argument("--batch", type=int, default=16, help="default 16, as the scripts have it")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _SMALL = 20_480
-"""Numbers in an input up to which torch gives a picture's convolution to no oneDNN."""
+"""Numbers in a single picture up to which torch gives its convolution to no oneDNN."""
 _WORTH = 2**23
 """Multiplications from which a matrix product gains by it."""
 
@@ -27,27 +27,34 @@ def quick(*modules: Any) -> None:
 
     - A denoiser's attention: the fused kernel's backward costs more than the whole plain attention.
       Not an autoencoder's: of many cells at once, the plain one would take too much memory.
-    - Matrix products in float32, where MKL would be slow: see :func:`mkl_is_slow`.
+    - Matrix products in float32: see :func:`quick_products`.
     """
     for module in modules:
-        if next(module.parameters()).device.type != "cpu":
-            continue
-        if hasattr(module, "set_attn_processor") and not isinstance(module, AutoencoderKL):
+        on_cpu = next(module.parameters()).device.type == "cpu"
+        attends = hasattr(module, "set_attn_processor") and not isinstance(module, AutoencoderKL)
+        if on_cpu and attends:
             module.set_attn_processor(AttnProcessor())
-        if mkl_is_slow():
-            for each in module.modules():
-                if type(each) is nn.Linear:
-                    each.__class__ = Linear
-                elif type(each) is nn.Conv2d and _pointwise(each):
-                    each.__class__ = PointwiseConv2d
+        quick_products(module)
+
+
+def quick_products(module: nn.Module) -> None:
+    """Give float32 products of layers on a CPU to oneDNN, where MKL would be slow with them."""
+    if not mkl_is_slow() or next(module.parameters()).device.type != "cpu":
+        return
+    for each in module.modules():
+        if type(each) is nn.Linear:
+            each.__class__ = Linear
+        elif type(each) is nn.Conv2d and _pointwise(each):
+            each.__class__ = PointwiseConv2d
 
 
 @cache
 def mkl_is_slow(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether torch multiplies float32 matrices with MKL, at half the speed of oneDNN.
 
-    So it is on processors with AVX-512 that are not Intel's: there MKL keeps to AVX2. False where
-    ``cpuinfo`` does not tell who made the processor (not Linux, not x86).
+    So it was on AMD's with AVX-512 (torch 2.15, MKL 2024.2: 100 GFLOP/s of one core, oneDNN 230).
+    MKL has its best code for Intel's own. False where ``cpuinfo`` does not tell who made the
+    processor (not Linux, not x86).
     """
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     if not both or torch.backends.cpu.get_cpu_capability() != "AVX512":
@@ -63,7 +70,7 @@ def mkl_is_slow(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 class Linear(nn.Linear):
     """A linear layer that oneDNN computes, forward and backward: as a convolution of one row.
 
-    The products of float32 that torch gives to oneDNN are those of convolutions.
+    Of what has a backward in torch, float32 goes to oneDNN in convolutions only.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name in nn.Linear
@@ -86,8 +93,8 @@ class PointwiseConv2d(nn.Conv2d):
 
 
 def _convolved(pixels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # In a thread of one core torch takes matrix products, thus MKL, for kernels of one pixel, but
-    # for dilated ones. A single pixel's dilation is none.
+    # In a thread of one core torch takes matrix products, thus MKL, for kernels of one pixel unless
+    # they are dilated (use_mkldnn in ATen's Convolution.cpp), which for one pixel says nothing.
     return F.conv2d(pixels, weight, bias, dilation=2)
 
 
@@ -97,6 +104,7 @@ def _pointwise(conv: nn.Conv2d) -> bool:
 
 
 def _better(input: Tensor) -> bool:  # noqa: A002
-    # Other formats, and what autocast turns into them, are oneDNN's anyway.
-    plain = input.dtype == torch.float32 and input.device.type == "cpu"
-    return plain and input.numel() > _SMALL and not torch.is_autocast_enabled("cpu")
+    # Half precision is oneDNN's anyway, where the processor has it, and others are not MKL's case.
+    plain = input.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    there = input.device.type == "cpu" and bool(torch.backends.mkldnn.enabled)
+    return plain and there and input.numel() > _SMALL

@@ -20,6 +20,7 @@ from diffedit.errors import InputError, nearest
 from diffedit.training.config import LoraTraining
 from diffedit.training.denoising import Latents, save_settings
 from diffedit.training.files import whole_folder
+from diffedit.training.kernels import quick_products
 from diffedit.training.unet_task import UNetTask, must_fit
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -76,6 +77,7 @@ def add(model: nn.Module, targets: Sequence[str], rank: int, alpha: float) -> Ad
             target_modules=list(targets),
         )
     )
+    quick_products(model)
     return Additions(model)
 
 

@@ -55,14 +55,15 @@ def keep_memory() -> bool:
 
     By default large blocks go back to the system at once, and every step of a training has their
     pages zeroed and mapped again, which on a CPU takes about a tenth of its time. Holds for the
-    process, which from then on stays as large as it once was.
+    process: each of its threads keeps as much as it once had.
     """
     try:
         option = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # no glibc
         return False
-    # M_MMAP_THRESHOLD at its greatest, M_TRIM_THRESHOLD, and M_TOP_PAD: without it the heaps of
-    # threads shrink all the same. One heap for all of them (M_ARENA_MAX) has them wait for it.
+    # M_MMAP_THRESHOLD at its greatest and M_TRIM_THRESHOLD. The heaps of threads, of 64 MiB each,
+    # go back when they are empty, trimmed or not, unless M_TOP_PAD is as much. (One arena for all
+    # threads, M_ARENA_MAX, does that too, but they wait for each other there: a tenth slower.)
     return all(option(*pair) for pair in ((-3, 32 << 20), (-1, 2**31 - 1), (-2, 64 << 20)))
 
 

@@ -55,8 +55,10 @@ print(json.dumps(told))
 """
 
 FAULTS = """
-import json, resource, torch
+import ctypes, json, resource, torch
 from diffedit.training.threads import cores, in_parallel, keep_memory
+
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: one fault is one page of 4 KiB
 
 def work(_):
     for _ in range(4):
